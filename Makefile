@@ -1,0 +1,67 @@
+# Every target works inside .venv, which `setup` creates. Variables are given on the command line: make demo NPROC=1
+#
+#   PYTHON       interpreter to create .venv with (3.11 to 3.13)
+#   STACK        cpu or cuda; found by asking nvidia-smi
+#   TORCH_INDEX  package index for PyTorch alone, such as the one that PyTorch publishes for its CPU builds; without it
+#                PyTorch comes from where pip finds everything else (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf)
+#   NPROC        processes that `demo` starts
+#   DATA         files or a folder for `demo`; without it the demo generates its rows
+#   ARGS         further arguments for `demo`, `test` and `bench`
+
+PYTHON ?= python3
+STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH_INDEX ?=
+NPROC ?= 2
+DATA ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# One stamp for each stack, so that changing the stack installs again.
+STAMP := $(VENV)/.installed-$(STACK)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
+PROCESSORS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+# torchrun would give every process a single thread.
+THREADS := $(shell threads=$$(( $(PROCESSORS) / $(NPROC) )); echo $$(( threads > 0 ? threads : 1 )))
+
+.PHONY: help setup demo test check format bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(STAMP) ## create .venv and install the pinned stack (again only after a pin has changed)
+
+$(STAMP): pyproject.toml $(wildcard requirements/*.txt)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+		"Python %d.%d is not supported; use PYTHON=... to name a Python 3.11, 3.12 or 3.13" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-*
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --requirement requirements/torch.txt
+	$(PIP_INSTALL) --requirement requirements/base.txt --requirement requirements/$(STACK).txt --requirement requirements/dev.txt
+	$(PIP_INSTALL) --no-deps --requirement requirements/torchrec.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: setup ## train the example on NPROC processes (DATA=path for your own rows, ARGS="--epochs 2 ...")
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) \
+		examples/train_criteo.py $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: setup ## run the tests (ARGS="-k name" for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## rewrite the sources in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## measure speed and memory (ARGS="--help" for the choices)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean: ## remove .venv and every cache
+	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

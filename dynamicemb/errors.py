@@ -1,0 +1,45 @@
+"""The errors a user of dynamicemb can meet.
+
+Each message says what is wrong, where, what the limit is, and what to do about it. Every class also derives from the
+built-in exception that a caller would expect, so ``except ValueError`` keeps working.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CapacityError",
+    "ConfigError",
+    "DataError",
+    "DynamicEmbError",
+    "DynamicEmbWarning",
+    "KeyTypeError",
+    "RemoteRankError",
+]
+
+
+class DynamicEmbError(Exception):
+    """Base of every error raised on purpose by dynamicemb."""
+
+
+class ConfigError(DynamicEmbError, ValueError):
+    """An option, a constraint or a combination of them that cannot be honoured. Nothing has been allocated yet."""
+
+
+class KeyTypeError(DynamicEmbError, TypeError):
+    """Ids whose dtype is not an integer of 32 or 64 bits. The table is unchanged."""
+
+
+class DataError(DynamicEmbError, ValueError):
+    """A data file that is missing or malformed; the message names the path and, where there is one, the row."""
+
+
+class CapacityError(DynamicEmbError, RuntimeError):
+    """Keys found no place in their bucket and ``safe_check_mode`` is ERROR. Raised on every rank of the group."""
+
+
+class RemoteRankError(DynamicEmbError, RuntimeError):
+    """Another rank rejected its input; raised here as well, so that no rank is left waiting in a collective."""
+
+
+class DynamicEmbWarning(UserWarning):
+    """Category of every warning issued by dynamicemb, so that it can be filtered as one."""

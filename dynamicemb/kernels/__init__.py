@@ -1,0 +1,1 @@
+"""Kernels of both engines, one folder for each operation: contract and dispatch, ``cpu.py`` (Numba), ``triton.py``."""

@@ -1,0 +1,128 @@
+"""Deduplication on the CPU: a least-significant-digit radix sort of (mixed key, position), then neighbour compares."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dynamicemb.kernels.hashing.cpu import mix
+from dynamicemb.kernels.numba_support import kernel, mulhi64, numpy_view, parallel_for
+from dynamicemb.kernels.rows_cpu import DTYPE_CODES, add_row
+from dynamicemb.kernels.views import UniqueKeys
+
+# 11 bits: six passes cover 64 bits, and the 2048 counters of a pass stay in the first-level cache.
+_DIGIT_BITS = 11
+_DIGITS = 1 << _DIGIT_BITS
+
+
+@kernel
+def _mix_and_group(start, stop, keys, tables, num_tables, world_size, mixed, groups):
+    for i in range(start, stop):
+        h = mix(keys[i])
+        mixed[i] = h
+        groups[i] = np.uint64(mulhi64(h, world_size) * num_tables + np.uint64(tables[i]))
+
+
+@kernel
+def _radix_passes(digits_of, bits, order, spare):
+    """Sorts ``order`` stably by the low ``bits`` bits of ``digits_of[order]``; returns whether it ended up in spare."""
+    n = order.size
+    flipped = False
+    counts = np.empty(_DIGITS, np.int64)
+    shift = 0
+    while shift < bits:
+        source, target = (spare, order) if flipped else (order, spare)
+        counts[:] = 0
+        for i in range(n):
+            counts[(digits_of[i] >> np.uint64(shift)) & np.uint64(_DIGITS - 1)] += 1
+        if counts.max() < n:  # otherwise this digit is the same everywhere
+            total = 0
+            for digit in range(_DIGITS):
+                count = counts[digit]
+                counts[digit] = total
+                total += count
+            for i in range(n):
+                position = source[i]
+                digit = (digits_of[position] >> np.uint64(shift)) & np.uint64(_DIGITS - 1)
+                target[counts[digit]] = position
+                counts[digit] += 1
+            flipped = not flipped
+        shift += _DIGIT_BITS
+    return flipped
+
+
+@kernel
+def _compact(order, mixed, groups, keys, tables, unique_keys, unique_tables, inverse, offsets):
+    """Walks the sorted batch and writes one entry for each distinct (group, mixed key); returns their number."""
+    entries = 0
+    for i in range(order.size):
+        position = order[i]
+        if i == 0 or mixed[position] != mixed[order[i - 1]] or groups[position] != groups[order[i - 1]]:
+            unique_keys[entries] = keys[position]
+            unique_tables[entries] = tables[position]
+            offsets[entries] = i
+            entries += 1
+        inverse[position] = entries - 1
+    offsets[entries] = order.size
+    return entries
+
+
+@kernel
+def _sum_rows(start, stop, values, code, order, offsets, out):
+    for entry in range(start, stop):
+        row = out[entry]
+        row[:] = np.float32(0)
+        for i in range(offsets[entry], offsets[entry + 1]):
+            add_row(values, order[i], code, row)
+
+
+@kernel
+def _sum_integers(start, stop, values, order, offsets, out):
+    for entry in range(start, stop):
+        total = np.int64(0)
+        for i in range(offsets[entry], offsets[entry + 1]):
+            total += values[order[i]]
+        out[entry] = total
+
+
+def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size: int) -> UniqueKeys:
+    n = keys.numel()
+    keys_array, tables_array = keys.numpy(), tables.numpy()
+    mixed, groups = np.empty(n, np.uint64), np.empty(n, np.uint64)
+    parallel_for(
+        _mix_and_group, n, keys_array, tables_array, np.uint64(num_tables), np.uint64(world_size), mixed, groups
+    )
+    order = np.arange(n, dtype=np.int64)
+    spare = np.empty(n, np.int64)
+    if _radix_passes(mixed, 64, order, spare):
+        order, spare = spare, order
+    group_bits = (num_tables * world_size - 1).bit_length()
+    if _radix_passes(groups, group_bits, order, spare):
+        order = spare
+    unique_keys, unique_tables = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
+    inverse, offsets = torch.empty(n, dtype=torch.int64), torch.empty(n + 1, dtype=torch.int64)
+    entries = _compact(
+        order, mixed, groups, keys_array, tables_array,
+        unique_keys.numpy(), unique_tables.numpy(), inverse.numpy(), offsets.numpy(),
+    )  # fmt: skip
+    return UniqueKeys(
+        unique_keys[:entries],
+        unique_tables[:entries],
+        inverse,
+        torch.from_numpy(order),
+        offsets[: entries + 1],
+        torch.tensor([entries]),
+    )
+
+
+def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
+    entries = unique.keys.numel()
+    order, offsets = unique.order.numpy(), unique.offsets.numpy()
+    if values.dtype == torch.int64:
+        totals = torch.empty(entries, dtype=torch.int64)
+        parallel_for(_sum_integers, entries, values.numpy(), order, offsets, totals.numpy())
+        return totals
+    values = values.contiguous()
+    sums = torch.empty(entries, values.shape[1], dtype=torch.float32)
+    parallel_for(_sum_rows, entries, numpy_view(values), DTYPE_CODES[values.dtype], order, offsets, sums.numpy())
+    return sums

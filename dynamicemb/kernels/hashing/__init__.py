@@ -1,0 +1,46 @@
+"""Mixing of keys and the owner of a key.
+
+``mix64`` is the finalizer of SplitMix64 (Steele, Lea, Flood 2014; variant 13 of Stafford's mixers) after adding the
+golden gamma: with ``x = key + 0x9e3779b97f4a7c15`` in unsigned 64-bit arithmetic,
+``x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9``, ``x = (x ^ x >> 27) * 0x94d049bb133111eb``, ``h = x ^ x >> 31``.
+It is a bijection, so no two keys share an ``h`` and the key can be recovered from it.
+
+The digest of a key is ``((h & 0xffff) * 255 >> 16) + 1``, from 1 to 255: the other end of ``h`` than the bucket's bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dynamicemb.kernels.engine import implementation
+
+__all__ = ["GOLDEN_GAMMA", "MIX_FACTOR_1", "MIX_FACTOR_2", "mix64", "owners"]
+
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+MIX_FACTOR_1 = 0xBF58476D1CE4E5B9
+MIX_FACTOR_2 = 0x94D049BB133111EB
+
+
+def mix64(keys: torch.Tensor) -> torch.Tensor:
+    """The mixed keys, as int64 with the bits of the unsigned ``h``.
+
+    Args:
+        keys: int64 [N].
+
+    Returns:
+        int64 [N]. Does not synchronise.
+    """
+    return implementation(__name__, keys.device).mix64(keys)
+
+
+def owners(keys: torch.Tensor, world_size: int) -> torch.Tensor:
+    """The rank that holds each key: ``hi64(h * world_size)``. The one routing rule, for input, loader and tools.
+
+    Args:
+        keys: int64 [N].
+        world_size: ranks that share the table.
+
+    Returns:
+        int64 [N], from 0 to ``world_size - 1``. Does not synchronise.
+    """
+    return implementation(__name__, keys.device).owners(keys, world_size)

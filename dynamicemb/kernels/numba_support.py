@@ -1,0 +1,124 @@
+"""What the Numba kernels share: compilation with a cache that cannot go stale, threads, pointers, 128-bit products."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Optional
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+__all__ = [
+    "as_bytes", "as_float32", "as_int64", "as_uint16", "as_uint64", "inline", "kernel", "mulhi64", "numpy_view",
+    "parallel_for",
+]  # fmt: skip
+
+
+def _source_stamp() -> str:
+    """A digest of every kernel source. Numba checks only the file of the kernel itself, and would keep machine code
+    that has an outdated function of another file compiled into it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_STAMP = _source_stamp()
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles ``function`` on first use, cached on disk; it releases the GIL, so :func:`parallel_for` can run it."""
+    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
+    try:
+        dispatcher.enable_caching()
+        cache_file = dispatcher._cache._cache_file
+        cache_file._source_stamp = (cache_file._source_stamp, _STAMP)
+    except (AttributeError, RuntimeError):  # no place to write, or another Numba inside: compile anew in each process
+        return numba.njit(nogil=True, error_model="numpy")(function)
+    return dispatcher
+
+
+#: For functions called from kernels: compiled into them.
+inline = numba.njit(nogil=True, error_model="numpy", inline="never")
+
+# Ranges shorter than this run in the calling thread: handing one over costs about 20 microseconds.
+_MIN_ITEMS_PER_THREAD = 2048
+_pool: Optional[ThreadPoolExecutor] = None
+_pool_size = 0
+_pool_lock = threading.Lock()
+
+
+def _executor(threads: int) -> ThreadPoolExecutor:
+    global _pool, _pool_size
+    with _pool_lock:
+        if _pool is None or _pool_size < threads:
+            _pool = ThreadPoolExecutor(threads, thread_name_prefix="dynamicemb")
+            _pool_size = threads
+        return _pool
+
+
+def parallel_for(function: Callable[..., Any], total: int, *arguments: Any) -> None:
+    """Calls ``function(start, stop, *arguments)`` over ranges that cover ``[0, total)``, in ``torch.get_num_threads()``
+    threads. The result may not depend on where the ranges are cut."""
+    threads = max(1, min(torch.get_num_threads(), total // _MIN_ITEMS_PER_THREAD))
+    if threads == 1:
+        function(0, total, *arguments)
+        return
+    cuts = [total * index // threads for index in range(threads + 1)]
+    pool = _executor(threads - 1)
+    pending: list[Future[Any]] = [
+        pool.submit(function, start, stop, *arguments) for start, stop in itertools.pairwise(cuts[1:])
+    ]
+    function(cuts[0], cuts[1], *arguments)
+    for future in pending:
+        future.result()
+
+
+def numpy_view(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as an array; bfloat16, which NumPy lacks, and float16 as uint16."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        return tensor.detach().view(torch.uint16).numpy()
+    return tensor.detach().numpy()
+
+
+def _pointer_to(element: Any) -> Any:
+    @intrinsic
+    def cast(typing_context, address):  # type: ignore[no-untyped-def]
+        signature = types.CPointer(element)(types.int64)
+
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return signature, generate
+
+    return cast
+
+
+#: int64 address -> pointer, to be indexed or handed to ``numba.carray``.
+as_bytes = _pointer_to(types.uint8)
+as_uint16 = _pointer_to(types.uint16)
+as_uint64 = _pointer_to(types.uint64)
+as_int64 = _pointer_to(types.int64)
+as_float32 = _pointer_to(types.float32)
+
+
+@intrinsic
+def mulhi64(typing_context, a, b):  # type: ignore[no-untyped-def]
+    """High 64 bits of the 128-bit product of two uint64."""
+    signature = types.uint64(types.uint64, types.uint64)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        wide = ir.IntType(128)
+        product = builder.mul(builder.zext(arguments[0], wide), builder.zext(arguments[1], wide))
+        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
+
+    return signature, generate

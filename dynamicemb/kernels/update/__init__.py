@@ -1,0 +1,43 @@
+"""The optimizer's step, fused with the sum of equal keys' gradients. Formulas: :mod:`dynamicemb.table.optimizers`."""
+
+from __future__ import annotations
+
+import enum
+
+import torch
+
+from dynamicemb.kernels.engine import implementation
+from dynamicemb.kernels.views import GroupView, UniqueKeys
+
+__all__ = ["HyperparameterColumn", "update"]
+
+
+class HyperparameterColumn(enum.IntEnum):
+    """Columns of the hyperparameter tensor, float32 [T, 5]."""
+
+    LEARNING_RATE = 0
+    EPS = 1
+    BETA1 = 2
+    BETA2 = 3
+    WEIGHT_DECAY = 4
+
+
+def update(
+    view: GroupView,
+    unique: UniqueKeys,
+    slots: torch.Tensor,
+    gradients: torch.Tensor,
+    hyperparameters: torch.Tensor,
+    steps: torch.Tensor,
+) -> None:
+    """Sums the gradients of each distinct key in batch order, in float32, and applies the optimizer to its row once.
+
+    Args:
+        view: the tables; rows change. ``view.layout.optimizer`` picks the rule.
+        unique: the batch.
+        slots: int64 [U]; keys with a negative slot are passed over.
+        gradients: float32, float16 or bfloat16 [N, dim], contiguous.
+        hyperparameters: float32 [T, 5], see :class:`HyperparameterColumn`.
+        steps: int64 [T], update steps of each table, this one included (Adam's ``t``). Does not synchronise.
+    """
+    implementation(__name__, view.device).update(view, unique, slots, gradients, hyperparameters, steps)

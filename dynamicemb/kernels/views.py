@@ -1,0 +1,107 @@
+"""Light views that kernels take: tensors and plain numbers, no behaviour. The owners are in :mod:`dynamicemb.table`."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+from dynamicemb.kernels.layout import RowLayout
+
+__all__ = ["AddressRow", "GeometryColumn", "GroupView", "InitializerView", "KeyStatus", "UniqueKeys"]
+
+
+class AddressRow(enum.IntEnum):
+    """Rows of :attr:`GroupView.addresses`."""
+
+    DIGESTS = 0
+    KEYS = 1
+    SCORES = 2
+    ROWS = 3
+
+
+class GeometryColumn(enum.IntEnum):
+    """Columns of :attr:`GroupView.geometry`; see :class:`~dynamicemb.kernels.layout.TableGeometry`."""
+
+    MAX_BUCKETS = 0
+    SHIFT = 1
+    LEVELS = 2
+
+
+class KeyStatus(enum.IntEnum):
+    """What :func:`~dynamicemb.kernels.insert.insert` did with a key."""
+
+    #: The key was there already.
+    FOUND = 0
+    #: It took an empty slot.
+    INSERTED = 1
+    #: It took the slot of the key that was evicted for it.
+    REPLACED = 2
+    #: Every slot of its bucket belongs to a key of the same batch.
+    REFUSED = 3
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """The state of a group of ``T`` tables that share a row layout and a bucket capacity.
+
+    Attributes:
+        addresses: int64 [4, T * MAX_CHUNKS], base address of each chunk's digests (uint8 [slots]), keys (int64
+            [slots]), scores (int64 [slots]) and rows (uint8 [slots, row_bytes]); 0 where there is no chunk.
+        geometry: int64 [T, 3], see :class:`GeometryColumn`.
+        bucket_capacity: slots of a bucket, a power of two from 8 to 256.
+        world_size: ranks that share the tables.
+        layout: bytes of a row.
+    """
+
+    addresses: torch.Tensor
+    geometry: torch.Tensor
+    bucket_capacity: int
+    world_size: int
+    layout: RowLayout
+
+    @property
+    def device(self) -> torch.device:
+        return self.addresses.device
+
+
+@dataclass(frozen=True)
+class UniqueKeys:
+    """A batch of ``N`` keys, each distinct (table, key) once, in ascending (owner, table, mixed key).
+
+    Only the first ``count`` of the ``U`` entries are valid. The CPU engine returns ``U == count``; the Triton engine
+    returns ``U == N``, so that nothing waits for the device.
+
+    Attributes:
+        keys: int64 [U].
+        tables: int32 [U], index of the key's table in the group.
+        inverse: int64 [N], entry of each key of the batch.
+        order: int64 [N], positions in the batch sorted by entry, equal ones in batch order.
+        offsets: int64 [U + 1], where each entry's positions begin in ``order``.
+        count: int64 [1], number of valid entries, on the device.
+    """
+
+    keys: torch.Tensor
+    tables: torch.Tensor
+    inverse: torch.Tensor
+    order: torch.Tensor
+    offsets: torch.Tensor
+    count: torch.Tensor
+
+
+@dataclass(frozen=True)
+class InitializerView:
+    """How new rows of each of ``T`` tables begin.
+
+    Attributes:
+        seeds: int64 [T], Philox key: 64 bits derived from (seed, table name).
+        modes: int32 [T], see :class:`~dynamicemb.kernels.fill.FillMode`.
+        parameters: float64 [T, 4], meaning by mode, see :class:`~dynamicemb.kernels.fill.FillMode`.
+        states: float32 [T], first value of every optimizer state.
+    """
+
+    seeds: torch.Tensor
+    modes: torch.Tensor
+    parameters: torch.Tensor
+    states: torch.Tensor

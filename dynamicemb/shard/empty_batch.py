@@ -1,0 +1,48 @@
+"""A rank without a single sample. torchrec cannot shape its tensors then, so it is shown one sample without ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torchrec.distributed.embedding import EmbeddingCollectionContext
+from torchrec.distributed.types import LazyAwaitable
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+
+__all__ = ["CollectionContext", "one_empty_sample", "without_samples"]
+
+
+@dataclass
+class CollectionContext(EmbeddingCollectionContext):
+    """torchrec's context of a collection, and whether this rank's batch has no samples."""
+
+    no_samples: bool = False
+
+
+def one_empty_sample(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """In place of ``features`` without samples: the same keys, one sample, no ids."""
+    keys = features.keys()
+    lengths = torch.zeros(len(keys), dtype=features.lengths().dtype, device=features.lengths().device)
+    return KeyedJaggedTensor(keys=keys, values=features.values(), lengths=lengths, stride=1)
+
+
+class _WithoutSamples(LazyAwaitable[dict[str, JaggedTensor]]):
+    def __init__(self, rows: LazyAwaitable[dict[str, JaggedTensor]]) -> None:
+        super().__init__()
+        self._rows = rows
+
+    def _wait_impl(self) -> dict[str, JaggedTensor]:
+        return {
+            name: JaggedTensor(values=rows.values(), lengths=rows.lengths()[:0], weights=rows.weights_or_none())
+            for name, rows in self._rows.wait().items()
+        }
+
+
+def without_samples(
+    context: EmbeddingCollectionContext, rows: LazyAwaitable[dict[str, JaggedTensor]]
+) -> LazyAwaitable[dict[str, JaggedTensor]]:
+    """``rows``, with the sample that :func:`one_empty_sample` added taken out again if this batch has none.
+
+    The values keep their place in the autograd graph, so that a backward pass takes part in the collectives.
+    """
+    return _WithoutSamples(rows) if isinstance(context, CollectionContext) and context.no_samples else rows

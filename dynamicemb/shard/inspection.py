@@ -1,0 +1,111 @@
+"""What a user can ask of the dynamic tables of a sharded model, and the scores that a user can give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dynamicemb.errors import ConfigError
+from dynamicemb.options import DynamicEmbEvictStrategy
+from dynamicemb.shard.collection import ShardedDynamicEmbeddingCollection
+from dynamicemb.table.group import TableGroup
+
+__all__ = ["TableStatistics", "get_score", "set_score", "table_statistics"]
+
+
+@dataclass(frozen=True)
+class TableStatistics:
+    """One table, added up over all ranks. Keys are counted once in each training lookup; evaluation is not counted.
+
+    Attributes:
+        size: rows in the table.
+        capacity: rows that fit when it has grown to its full size.
+        slots: rows that fit now.
+        load_factor: size / capacity.
+        hits: keys that were there.
+        misses: keys that were not (inserted or refused).
+        evicted: rows that gave way to others.
+        refused: keys that found no place.
+    """
+
+    size: int
+    capacity: int
+    slots: int
+    load_factor: float
+    hits: int
+    misses: int
+    evicted: int
+    refused: int
+
+
+def _tables(model: nn.Module) -> Iterator[tuple[TableGroup, int, Optional[dist.ProcessGroup]]]:
+    """(group, index in the group, process group) of each dynamic table."""
+    for module in model.modules():
+        if isinstance(module, ShardedDynamicEmbeddingCollection) and (lookup := module.dynamic_lookup) is not None:
+            for group in lookup.groups:
+                for index in range(len(group.configs)):
+                    yield group, index, lookup.process_group
+
+
+def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
+    """Statistics of every dynamic table of ``model`` by name. All ranks call it together; it waits for the device."""
+    result: dict[str, TableStatistics] = {}
+    for group, index, process_group in _tables(model):
+        counters, size = group.counters()[index], group.storage.geometries[index]
+        sizes = [counters.size, size.max_slots, size.slots]
+        events = [counters.hits, counters.misses, counters.evicted, counters.refused]
+        numbers = torch.tensor(sizes + events, device=group.device)
+        if process_group is not None and process_group.size() > 1:
+            dist.all_reduce(numbers, group=process_group)
+        rows, capacity, slots, hits, misses, evicted, refused = numbers.tolist()
+        result[group.configs[index].name] = TableStatistics(
+            rows, capacity, slots, rows / capacity, hits, misses, evicted, refused
+        )
+    return result
+
+
+def set_score(model: nn.Module, score: Union[int, Mapping[str, int]]) -> None:
+    """Sets the score that keys touched or inserted from now on get, in tables with strategy CUSTOMIZED.
+
+    Args:
+        model: the sharded model; every rank gives the same scores.
+        score: a signed 64-bit number for all such tables, or one by table name.
+
+    Raises:
+        ConfigError: a name that is no table with strategy CUSTOMIZED, or a number beyond 64 bits. Nothing is changed.
+    """
+    customized = {
+        group.configs[index].name: (group, index)
+        for group, index, _ in _tables(model)
+        if group.evict_strategy is DynamicEmbEvictStrategy.CUSTOMIZED
+    }
+    by_name = dict(score) if isinstance(score, Mapping) else dict.fromkeys(customized, score)
+    for name, number in by_name.items():
+        if name not in customized:
+            raise ConfigError(
+                f"table '{name}' has no customized score; tables that have: {', '.join(customized) or 'none'}"
+            )
+        if not -(2**63) <= number < 2**63:
+            raise ConfigError(f"table '{name}': score {number} does not fit in a signed 64-bit integer")
+    for name, number in by_name.items():
+        group, index = customized[name]
+        group.custom_scores[index] = number
+
+
+def get_score(model: nn.Module) -> dict[str, int]:
+    """The score that touched keys get now, by table: the clock (LRU) or the number last given (CUSTOMIZED).
+
+    Tables with strategy LFU have no such number and are left out. Waits for the device.
+    """
+    result = {}
+    for group, index, _ in _tables(model):
+        if group.evict_strategy is DynamicEmbEvictStrategy.LRU:
+            result[group.configs[index].name] = int(group.clock[index])
+        elif group.evict_strategy is DynamicEmbEvictStrategy.CUSTOMIZED:
+            result[group.configs[index].name] = int(group.custom_scores[index])
+    return result

@@ -1,0 +1,175 @@
+"""The lookup that stands where torchrec's grouped lookups stand, over any number of dynamic tables."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup
+from torchrec.optim.fused import FusedOptimizerModule
+
+from dynamicemb.errors import CapacityError, DynamicEmbWarning
+from dynamicemb.options import DynamicEmbCheckMode
+from dynamicemb.shard.optimizer import DynamicFusedOptimizer
+from dynamicemb.shard.route import OwnedKeys
+from dynamicemb.table.config import TableConfig
+from dynamicemb.table.function import lookup
+from dynamicemb.table.group import TableGroup
+
+__all__ = ["DynamicLookup", "group_tables"]
+
+
+def group_tables(configs: list[TableConfig]) -> list[list[TableConfig]]:
+    """Tables that can share a group, together; groups and the tables inside them in the order of first appearance."""
+    groups: dict[Any, list[TableConfig]] = {}
+    for config in configs:
+        groups.setdefault(config.group_key, []).append(config)
+    return list(groups.values())
+
+
+class GroupModule(nn.Module, FusedOptimizerModule):
+    """A group of tables as a module: its (empty) parameters give torchrec something to name, and autograd an anchor."""
+
+    def __init__(self, group: TableGroup) -> None:
+        super().__init__()
+        self.group = group
+        dim, device = group.storage.layout.dim, group.device
+        self._parameters_by_table = {
+            config.name: nn.Parameter(torch.empty(0, dim, device=device)) for config in group.configs
+        }
+        self._anchor = next(iter(self._parameters_by_table.values()))
+        self._optimizer = DynamicFusedOptimizer(
+            group, {f"{name}.weight": parameter for name, parameter in self._parameters_by_table.items()}
+        )
+        for parameter in self._parameters_by_table.values():
+            parameter._in_backward_optimizers = [self._optimizer]  # type: ignore[attr-defined]
+
+    @property
+    def fused_optimizer(self) -> DynamicFusedOptimizer:
+        return self._optimizer
+
+    def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self._parameters_by_table.items()
+
+    def forward(self, keys: torch.Tensor, tables: torch.Tensor, occurrences: Optional[torch.Tensor]) -> torch.Tensor:
+        return lookup(self.group, self._anchor, keys, tables, occurrences, self.training)
+
+
+class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
+    """Rows of the keys that this rank owns.
+
+    Args:
+        groups: the tables, grouped, in the order in which the input distribution numbers them.
+        pg: ranks that share the tables; None for a single process without one.
+        device: where the tables live.
+        output_dtype: of the rows that leave the lookup.
+    """
+
+    def __init__(
+        self,
+        groups: list[list[TableConfig]],
+        pg: Optional[dist.ProcessGroup],
+        device: torch.device,
+        output_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.process_group = pg
+        self._output_dtype = output_dtype
+        world_size = 1 if pg is None else pg.size()
+        self.group_modules = nn.ModuleList(GroupModule(TableGroup(configs, world_size, device)) for configs in groups)
+        self._checked = any(
+            config.safe_check_mode is not DynamicEmbCheckMode.IGNORE for configs in groups for config in configs
+        )
+
+    @property
+    def groups(self) -> list[TableGroup]:
+        return [module.group for module in self.group_modules]  # type: ignore[misc]
+
+    def forward(self, sparse_features: OwnedKeys) -> torch.Tensor:
+        """Looks the keys up; in training, inserts those that are absent.
+
+        Args:
+            sparse_features: keys that this rank owns.
+
+        Returns:
+            [N, dim] in ``output_dtype``, in the order of the keys.
+
+        Raises:
+            CapacityError: keys were refused, on any rank, in a table whose safe_check_mode is ERROR.
+        """
+        before = self._refused() if self._checked and self.training else None
+        if len(self.group_modules) == 1:
+            rows = self.group_modules[0](sparse_features.keys, sparse_features.tables, sparse_features.occurrences)
+        else:
+            rows = self._lookup_by_group(sparse_features)
+        if before is not None:
+            self._check_refused(self._refused() - before)
+        return rows.to(self._output_dtype)
+
+    def _lookup_by_group(self, owned: OwnedKeys) -> torch.Tensor:
+        """Each sender's keys are in the order of the tables, so a group's keys are one range from each sender."""
+        first_tables, lengths = [0], []
+        for group in self.groups:
+            first_tables.append(first_tables[-1] + len(group.configs))
+        for run in owned.runs:
+            lengths += [sum(run[first:last]) for first, last in itertools.pairwise(first_tables)]
+        num_groups, num_senders = len(self.group_modules), len(owned.runs)
+        keys, tables = owned.keys.split(lengths), owned.tables.split(lengths)
+        occurrences = None if owned.occurrences is None else owned.occurrences.split(lengths)
+        rows: list[list[torch.Tensor]] = []
+        for index, module in enumerate(self.group_modules):
+            group_rows = module(
+                torch.cat(keys[index::num_groups]),
+                torch.cat(tables[index::num_groups]) - first_tables[index],
+                None if occurrences is None else torch.cat(occurrences[index::num_groups]),
+            )
+            rows.append(list(group_rows.split(lengths[index::num_groups])))
+        return torch.cat([rows[index][sender] for sender in range(num_senders) for index in range(num_groups)])
+
+    # ------------------------------------------------------------------------------------------ refused keys
+
+    def _refused(self) -> torch.Tensor:
+        return torch.cat([group.refused() for group in self.groups])
+
+    def _check_refused(self, refused: torch.Tensor) -> None:
+        """Adds up over all ranks what this step refused, and raises or warns on each of them alike."""
+        if self.process_group is not None and self.process_group.size() > 1:
+            dist.all_reduce(refused, group=self.process_group)
+        configs = [config for group in self.groups for config in group.configs]
+        messages: dict[DynamicEmbCheckMode, list[str]] = {}
+        for config, count in zip(configs, refused.tolist(), strict=True):
+            if count:
+                messages.setdefault(config.safe_check_mode, []).append(
+                    f"table '{config.name}' refused {count} keys of this batch"
+                )
+        remedy = "; every slot of their buckets belongs to this batch: raise the capacity, or use smaller batches"
+        if warning := messages.get(DynamicEmbCheckMode.WARNING):
+            warnings.warn(", ".join(warning) + remedy, DynamicEmbWarning, stacklevel=2)
+        if error := messages.get(DynamicEmbCheckMode.ERROR):
+            raise CapacityError(", ".join(error) + remedy)
+
+    # ------------------------------------------------------------------------------------------ what torchrec asks
+
+    def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(table, its empty parameter); the rows themselves are not parameters."""
+        for module in self.group_modules:
+            yield from module.named_parameters_by_table()  # type: ignore[operator]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing: rows are not tensors of a fixed shape, so they cannot be saved as parameters are."""
+        return OrderedDict()
+
+    def flush(self) -> None:
+        """Nothing is cached."""
+
+    def purge(self) -> None:
+        """Nothing is cached."""
+
+    def prefetch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prefetch: rows live on the device."""

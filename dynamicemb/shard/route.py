@@ -1,0 +1,87 @@
+"""Which keys of a step go where: shared by the input distribution, the lookup and the output distribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
+from torchrec.streamable import Multistreamable
+
+from dynamicemb.kernels.views import UniqueKeys
+
+__all__ = ["DynamicShardingContext", "OwnedKeys", "Route"]
+
+
+@dataclass
+class Route(Multistreamable):
+    """How one batch of this rank travels; completed when the sizes have been exchanged.
+
+    Attributes:
+        unique: this rank's distinct keys, in the order in which they are sent; None on a single rank, where nothing
+            travels.
+        send_counts: keys sent to each rank.
+        receive_counts: keys received from each rank.
+    """
+
+    unique: Optional[UniqueKeys] = None
+    send_counts: list[int] = field(default_factory=list)
+    receive_counts: list[int] = field(default_factory=list)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        if self.unique is not None:
+            for tensor in vars(self.unique).values():
+                _record(tensor, stream)
+
+
+@dataclass
+class OwnedKeys(Multistreamable):
+    """The keys that this rank owns, as they arrived: by sender, and by table from each sender.
+
+    torchrec keeps it in the list in which it keeps the ``KeyedJaggedTensor`` of other shardings, and asks it for
+    :meth:`lengths`, :meth:`stride` and :meth:`variable_stride_per_key`.
+
+    Attributes:
+        keys: int64 [N].
+        tables: int32 [N], index of each key's table in the sharding.
+        occurrences: int64 [N], how often the sender met the key; None where every entry counts once.
+        runs: entries of each table from each sender, ``runs[sender][table]``; they add up to N.
+    """
+
+    keys: torch.Tensor
+    tables: torch.Tensor
+    occurrences: Optional[torch.Tensor]
+    runs: list[list[int]]
+
+    def lengths(self) -> torch.Tensor:
+        """int64 [senders * tables], on the host."""
+        return torch.tensor(self.runs, dtype=torch.int64).view(-1)
+
+    def stride(self) -> int:
+        return max(1, len(self.runs[0]))
+
+    def variable_stride_per_key(self) -> bool:
+        return False
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        for tensor in (self.keys, self.tables, self.occurrences):
+            if tensor is not None:
+                _record(tensor, stream)
+
+
+@dataclass
+class DynamicShardingContext(SequenceShardingContext):
+    """torchrec's context of a sequence sharding, with the route of the batch."""
+
+    route: Optional[Route] = None
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        super().record_stream(stream)
+        if self.route is not None:
+            self.route.record_stream(stream)
+
+
+def _record(tensor: torch.Tensor, stream: torch.Stream) -> None:
+    if tensor.is_cuda:
+        tensor.record_stream(stream)

@@ -1,0 +1,239 @@
+"""A group of tables: the steps of a training lookup, of an evaluation lookup and of an update, in their order.
+
+Each step launches the same few kernels whatever the number of tables. Host memory of the group's own is limited to what
+decides about growth; everything that changes in a step is on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+
+from dynamicemb.kernels.dedup import dedup, segment_sum
+from dynamicemb.kernels.fill import fill, initial_rows
+from dynamicemb.kernels.find import find
+from dynamicemb.kernels.gather import gather
+from dynamicemb.kernels.insert import insert
+from dynamicemb.kernels.layout import NO_SLOT
+from dynamicemb.kernels.update import update
+from dynamicemb.kernels.views import KeyStatus, UniqueKeys
+from dynamicemb.options import DynamicEmbEvictStrategy
+from dynamicemb.table.config import TableConfig
+from dynamicemb.table.initializers import initializer_view
+from dynamicemb.table.storage import GroupStorage, StoredRows
+
+__all__ = ["TableCounters", "TableGroup", "TrainingLookup"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TableCounters:
+    """What happened to one table on one rank since it was made. Keys are counted once in each training lookup.
+
+    Attributes:
+        size: rows in the table.
+        hits: keys that were there.
+        misses: keys that were not; some of them were inserted, the others refused.
+        evicted: rows that gave way to others.
+        refused: keys that found no place.
+    """
+
+    size: int
+    hits: int
+    misses: int
+    evicted: int
+    refused: int
+
+
+@dataclass(frozen=True)
+class TrainingLookup:
+    """What a training lookup leaves behind for the update that follows it.
+
+    Attributes:
+        unique: the batch.
+        slots: int64 [U], slot handle of each distinct key, −1 for a refused one.
+        generation: the group's generation when the slots were found.
+    """
+
+    unique: UniqueKeys
+    slots: torch.Tensor
+    generation: int
+
+
+class TableGroup:
+    """Tables that share a row layout, a bucket capacity and an eviction strategy.
+
+    Args:
+        configs: the tables; they have the same ``group_key``.
+        world_size: ranks that share them; this one holds the keys that :func:`~dynamicemb.kernels.hashing.owners`
+            gives it.
+        device: where they live.
+    """
+
+    def __init__(self, configs: Sequence[TableConfig], world_size: int, device: torch.device) -> None:
+        assert len({config.group_key for config in configs}) == 1, "tables of different groups"
+        self.configs = list(configs)
+        self.world_size = world_size
+        self.device = device
+        self.evict_strategy = configs[0].evict_strategy
+        self.storage = GroupStorage([config.geometry() for config in configs], configs[0].layout, world_size, device)
+        names, seeds = [config.name for config in configs], [config.seed for config in configs]
+        states = [config.optimizer.initial_state for config in configs]
+        self._initializer = initializer_view(names, seeds, [config.initializer for config in configs], states, device)
+        self._eval_initializer = initializer_view(
+            names, seeds, [config.eval_initializer for config in configs], states, device
+        )
+        self._missing_reads_as_zeros = all(config.missing_reads_as_zeros for config in configs)
+        tables = len(configs)
+        #: Step clock: training lookups so far. int64 [T].
+        self.clock = torch.zeros(tables, dtype=torch.int64, device=device)
+        #: Update steps so far. int64 [T].
+        self.steps = torch.zeros(tables, dtype=torch.int64, device=device)
+        #: Score of new and touched keys under CUSTOMIZED. int64 [T].
+        self.custom_scores = torch.zeros(tables, dtype=torch.int64, device=device)
+        self.hyperparameters = torch.tensor(
+            [config.optimizer.hyperparameters() for config in configs], dtype=torch.float32, device=device
+        )
+        # Keys by what became of them, int64 [T, len(KeyStatus)].
+        self._outcomes = torch.zeros(tables, len(KeyStatus), dtype=torch.int64, device=device)
+        # Changes whenever slots found earlier may belong to another key now.
+        self._generation = 0
+        # Upper bound of the sum of all sizes, so that a table that cannot need to grow is not asked for its size.
+        self._size_bounds = [0] * tables
+
+    # ------------------------------------------------------------------------------------------------ lookups
+
+    def train_lookup(
+        self, keys: torch.Tensor, tables: torch.Tensor, counts: Optional[torch.Tensor] = None
+    ) -> tuple[torch.Tensor, TrainingLookup]:
+        """Finds the keys, inserts those that are absent, and reads their rows.
+
+        Args:
+            keys: int64 [N], all owned by this rank, repetitions allowed.
+            tables: int32 [N], table of each key.
+            counts: int64 [N], occurrences that each entry stands for; None: one each.
+
+        Returns:
+            The rows, float32 [N, dim] (zeros for refused keys), and what :meth:`apply_gradients` needs.
+        """
+        unique = dedup(keys, tables, len(self.configs), self.world_size)
+        self.clock += 1
+        self._grow_for(unique, keys.numel())
+        scores = self._scores(unique, counts)
+        slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU)
+        insertion = insert(self.storage.view, unique, slots, scores)
+        fill(self.storage.view, unique, slots, insertion.status, self._initializer)
+        self._count(unique, insertion.status)
+        self._generation += 1
+        rows = gather(self.storage.view, slots, unique.inverse)
+        return rows, TrainingLookup(unique, slots, self._generation)
+
+    def eval_lookup(self, keys: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+        """Reads the rows of keys, changing nothing; absent keys read as the evaluation initializer says.
+
+        Args:
+            keys: int64 [N], all owned by this rank.
+            tables: int32 [N].
+
+        Returns:
+            float32 [N, dim].
+        """
+        unique = dedup(keys, tables, len(self.configs), self.world_size)
+        slots = find(self.storage.view, unique)
+        rows = gather(self.storage.view, slots, unique.inverse)
+        if self._missing_reads_as_zeros:
+            return rows
+        layout = self.storage.layout
+        missing = initial_rows(keys, tables, self._eval_initializer, layout.dim, layout.embedding_dtype)
+        absent = slots.index_select(0, unique.inverse) == NO_SLOT
+        return torch.where(absent.unsqueeze(1), missing, rows)
+
+    def apply_gradients(self, lookup: TrainingLookup, gradients: torch.Tensor) -> None:
+        """One optimizer step for every distinct key of a training lookup.
+
+        If other lookups came in between, the keys are looked up again; one that has been evicted meanwhile has no row
+        left to update and is passed over.
+
+        Args:
+            lookup: of the batch.
+            gradients: [N, dim], of the rows that the lookup returned.
+        """
+        self.steps += 1
+        slots = lookup.slots
+        if lookup.generation != self._generation:
+            slots = find(self.storage.view, lookup.unique)
+        update(self.storage.view, lookup.unique, slots, gradients.contiguous(), self.hyperparameters, self.steps)
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def _scores(self, unique: UniqueKeys, counts: Optional[torch.Tensor]) -> torch.Tensor:
+        """int64 [U]: what a touched key's score becomes (LFU: grows by) and a new key's score begins with."""
+        if self.evict_strategy is DynamicEmbEvictStrategy.LFU:
+            return unique.offsets.diff() if counts is None else segment_sum(counts, unique)
+        source = self.clock if self.evict_strategy is DynamicEmbEvictStrategy.LRU else self.custom_scores
+        return source.index_select(0, unique.tables)
+
+    def _count(self, unique: UniqueKeys, status: torch.Tensor) -> None:
+        valid = torch.arange(status.numel(), device=self.device) < unique.count
+        cells = torch.where(valid, unique.tables.long() * len(KeyStatus) + status.long(), 0)
+        self._outcomes.view(-1).index_add_(0, cells, valid.long())
+
+    def _grow_for(self, unique: UniqueKeys, batch_size: int) -> None:
+        """Doubles tables until the rows they hold and the batch's new keys stay within max_load_factor.
+
+        Asks the device only when a table that may grow could have become too full since it was asked last.
+        """
+        suspects = []
+        for table, (config, size) in enumerate(zip(self.configs, self.storage.geometries, strict=True)):
+            self._size_bounds[table] += batch_size
+            if size.can_grow and self._size_bounds[table] > config.max_load_factor * size.slots:
+                suspects.append(table)
+        if not suspects:
+            return
+        absent = find(self.storage.view, unique) == NO_SLOT
+        absent &= torch.arange(absent.numel(), device=self.device) < unique.count
+        new_keys = torch.zeros(len(self.configs), dtype=torch.int64, device=self.device)
+        new_keys.index_add_(0, torch.where(absent, unique.tables.long(), 0), absent.long())
+        demand = (self._sizes() + new_keys).tolist()
+        for table in suspects:
+            self._size_bounds[table] = demand[table]
+            self._grow_table(table, demand[table])
+
+    def _grow_table(self, table: int, rows: int) -> None:
+        config = self.configs[table]
+        while (size := self.storage.geometries[table]).can_grow and rows > config.max_load_factor * size.slots:
+            self.storage.double(table)
+            self._generation += 1
+            logger.info(
+                "table '%s' grew from %d to %d slots (%d at most) to hold %d rows",
+                config.name, size.slots, self.storage.geometries[table].slots, size.max_slots, rows,
+            )  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------ inspection
+
+    def _sizes(self) -> torch.Tensor:
+        return self._outcomes[:, KeyStatus.INSERTED]
+
+    def refused(self) -> torch.Tensor:
+        """Keys refused so far, int64 [T], on the device."""
+        return self._outcomes[:, KeyStatus.REFUSED].clone()
+
+    def counters(self) -> list[TableCounters]:
+        """One for each table. Waits for the device."""
+        result = []
+        for found, inserted, replaced, refused in self._outcomes.tolist():
+            result.append(TableCounters(inserted, found, inserted + replaced + refused, replaced, refused))
+        return result
+
+    def stored_rows(self, table: int) -> StoredRows:
+        """A copy of everything in one table, in canonical order. Waits for the device."""
+        return self.storage.stored_rows(table)
+
+    def set_learning_rate(self, table: int, learning_rate: float) -> None:
+        """Takes effect with the next update."""
+        self.hyperparameters[table, 0] = learning_rate

@@ -1,0 +1,150 @@
+"""Owner of a group's memory: the chunks of every table, their addresses, and the walk over what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dynamicemb.kernels.hashing import mix64
+from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, RowLayout, TableGeometry
+from dynamicemb.kernels.split import split
+from dynamicemb.kernels.views import AddressRow, GroupView
+
+__all__ = ["Chunk", "GroupStorage", "StoredRows"]
+
+_SIGN_BIT = -(2**63)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Slots of one table that were allocated together.
+
+    Attributes:
+        digests: uint8 [slots], 0 = empty.
+        keys, scores: int64 [slots], meaningful where the digest is not 0.
+        rows: uint8 [slots, row_bytes].
+    """
+
+    digests: torch.Tensor
+    keys: torch.Tensor
+    scores: torch.Tensor
+    rows: torch.Tensor
+
+    @staticmethod
+    def allocate(slots: int, layout: RowLayout, device: torch.device) -> Chunk:
+        """``slots`` empty slots. Rows are aligned for 128-bit access; only the digests are written."""
+        return Chunk(
+            digests=torch.zeros(slots, dtype=torch.uint8, device=device),
+            keys=torch.empty(slots, dtype=torch.int64, device=device),
+            scores=torch.empty(slots, dtype=torch.int64, device=device),
+            rows=torch.empty(slots, layout.row_bytes, dtype=torch.uint8, device=device),
+        )
+
+    def addresses(self) -> list[int]:
+        """In the order of :class:`~dynamicemb.kernels.views.AddressRow`."""
+        return [tensor.data_ptr() for tensor in (self.digests, self.keys, self.scores, self.rows)]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.digests, self.keys, self.scores, self.rows))
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Everything a table holds, in ascending order of the mixed key as an unsigned number.
+
+    Attributes:
+        keys: int64 [n].
+        slots: int64 [n], slot handles.
+        scores: int64 [n].
+        embeddings: [n, dim] in the table's dtype.
+        states: float32 [n, width] by name of the optimizer state.
+    """
+
+    keys: torch.Tensor
+    slots: torch.Tensor
+    scores: torch.Tensor
+    embeddings: torch.Tensor
+    states: dict[str, torch.Tensor]
+
+
+class GroupStorage:
+    """The memory of tables that share a row layout and a bucket capacity.
+
+    Args:
+        geometries: size of each table at first.
+        layout: bytes of a row.
+        world_size: ranks that share the tables.
+        device: where the memory is taken.
+    """
+
+    def __init__(
+        self, geometries: Sequence[TableGeometry], layout: RowLayout, world_size: int, device: torch.device
+    ) -> None:
+        self.geometries = list(geometries)
+        self.layout = layout
+        self.device = device
+        self.chunks: list[list[Chunk]] = []
+        bucket_capacity = geometries[0].bucket_capacity
+        addresses = torch.zeros(len(AddressRow), len(geometries) * MAX_CHUNKS, dtype=torch.int64, device=device)
+        geometry = torch.zeros(len(geometries), 3, dtype=torch.int64, device=device)
+        self.view = GroupView(addresses, geometry, bucket_capacity, world_size, layout)
+        for table, size in enumerate(geometries):
+            self.chunks.append([])
+            self._add_chunk(table, size.slots)
+            self._store_geometry(table)
+
+    def _add_chunk(self, table: int, slots: int) -> None:
+        chunk = Chunk.allocate(slots, self.layout, self.device)
+        column = table * MAX_CHUNKS + len(self.chunks[table])
+        self.view.addresses[:, column] = torch.tensor(chunk.addresses(), dtype=torch.int64).to(self.device)
+        self.chunks[table].append(chunk)
+
+    def _store_geometry(self, table: int) -> None:
+        size = self.geometries[table]
+        numbers = torch.tensor([size.max_buckets, size.shift, size.levels], dtype=torch.int64)
+        self.view.geometry[table] = numbers.to(self.device)
+
+    def double(self, table: int) -> None:
+        """Adds a chunk as large as the table is now (less at the very end) and moves the entries that belong there.
+
+        Peak memory is the size afterwards: nothing is copied aside.
+        """
+        before = self.geometries[table]
+        after = before.doubled()
+        self._add_chunk(table, after.chunk_buckets(after.levels) * after.bucket_capacity)
+        self.geometries[table] = after
+        self._store_geometry(table)
+        split(self.view, table, before.buckets)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of metadata and rows that are allocated now."""
+        return sum(chunk.num_bytes for chunks in self.chunks for chunk in chunks)
+
+    def stored_rows(self, table: int) -> StoredRows:
+        """A copy of everything in ``table``. Waits for the device."""
+        handles, keys, scores, rows = [], [], [], []
+        for index, chunk in enumerate(self.chunks[table]):
+            occupied = chunk.digests.nonzero().squeeze(1)
+            handles.append(((table * MAX_CHUNKS + index) << CHUNK_SHIFT) | occupied)
+            keys.append(chunk.keys[occupied])
+            scores.append(chunk.scores[occupied])
+            rows.append(chunk.rows[occupied])
+        all_keys = torch.cat(keys)
+        order = torch.argsort(mix64(all_keys) ^ _SIGN_BIT)  # flipping the sign bit makes signed order unsigned order
+        all_rows = torch.cat(rows)[order]
+        embedding_bytes = self.layout.dim * self.layout.embedding_dtype.itemsize
+        states = all_rows[:, self.layout.state_offset_bytes :].contiguous().view(torch.float32)
+        return StoredRows(
+            keys=all_keys[order],
+            slots=torch.cat(handles)[order],
+            scores=torch.cat(scores)[order],
+            embeddings=all_rows[:, :embedding_bytes].contiguous().view(self.layout.embedding_dtype),
+            states={
+                state.name: states[:, state.offset : state.offset + state.width].contiguous()
+                for state in self.layout.states
+            },
+        )
