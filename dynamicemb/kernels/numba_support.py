@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,6 +65,15 @@ def _executor(threads: int) -> ThreadPoolExecutor:
             _pool = ThreadPoolExecutor(threads, thread_name_prefix="dynamicemb")
             _pool_size = threads
         return _pool
+
+
+def _forget_executor() -> None:
+    """A forked child has the pool but none of its threads: it would wait forever for them."""
+    global _pool, _pool_size, _pool_lock
+    _pool, _pool_size, _pool_lock = None, 0, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_executor)
 
 
 def parallel_for(function: Callable[..., Any], total: int, *arguments: Any) -> None:

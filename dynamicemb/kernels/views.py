@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 
@@ -71,7 +72,8 @@ class UniqueKeys:
     """A batch of ``N`` keys, each distinct (table, key) once, in ascending (owner, table, mixed key).
 
     Only the first ``count`` of the ``U`` entries are valid. The CPU engine returns ``U == count``; the Triton engine
-    returns ``U == N``, so that nothing waits for the device.
+    returns ``U == N``, so that nothing waits for the device. Past ``count``, ``tables`` is 0 and ``offsets`` is N, so
+    that they can be used as indices; ``keys`` is undefined.
 
     Attributes:
         keys: int64 [U].
@@ -88,6 +90,12 @@ class UniqueKeys:
     order: torch.Tensor
     offsets: torch.Tensor
     count: torch.Tensor
+
+    def narrowed(self, count: int) -> UniqueKeys:
+        """The valid entries alone, once the host knows their number."""
+        return dataclasses.replace(
+            self, keys=self.keys[:count], tables=self.tables[:count], offsets=self.offsets[: count + 1]
+        )
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,8 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
                 raise RemoteRankError(f"rank {rank} of the process group has {_REPORTS[row[-1]]}; see its message")
         self.route.send_counts = [sum(row[:-1]) for row in sent]
         self.route.receive_counts = [sum(row[:-1]) for row in received]
+        assert self.route.unique is not None
+        self.route.unique = self.route.unique.narrowed(sum(self.route.send_counts))
         return KeysAwaitable(self._pg, self.route, [row[:-1] for row in received], self._send_occurrences)
 
 
@@ -161,10 +163,9 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
         unique = route.unique
         assert unique is not None
         self._runs = runs
-        total = sum(route.send_counts)
-        columns = [unique.keys[:total]]
+        columns = [unique.keys]
         if send_occurrences:
-            columns.append(unique.offsets[: total + 1].diff())
+            columns.append(unique.offsets.diff())
         self._sent = torch.stack(columns, dim=1)
         self._received = self._sent.new_empty(sum(route.receive_counts), len(columns))
         self._work = dist.all_to_all_single(

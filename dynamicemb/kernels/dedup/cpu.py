@@ -1,4 +1,7 @@
-"""Deduplication on the CPU: a least-significant-digit radix sort of (mixed key, position), then neighbour compares."""
+"""Deduplication on the CPU: a radix sort of positions by the top bits of their mixed keys, then neighbour compares.
+
+Mixed keys are as good as random, so 22 bits leave few different keys side by side; a last walk settles those.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,18 @@ import numpy as np
 import torch
 
 from dynamicemb.kernels.hashing.cpu import mix
-from dynamicemb.kernels.numba_support import kernel, mulhi64, numpy_view, parallel_for
+from dynamicemb.kernels.numba_support import inline, kernel, mulhi64, numpy_view, parallel_for
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, add_row
 from dynamicemb.kernels.views import UniqueKeys
 
-# 11 bits: six passes cover 64 bits, and the 2048 counters of a pass stay in the first-level cache.
+# 11 bits: the 2048 counters of a pass stay in the first-level cache.
 _DIGIT_BITS = 11
 _DIGITS = 1 << _DIGIT_BITS
+# What two passes sort by. A third would cost more than the settling of neighbours saves, up to millions of keys.
+_SORTED_BITS = 2 * _DIGIT_BITS
+_UNSORTED_BITS = np.uint64(64 - _SORTED_BITS)
+# Runs of equal top bits up to this length are settled by insertion, longer ones by merging.
+_MAX_INSERTION_RUN = 32
 
 
 @kernel
@@ -24,13 +32,12 @@ def _mix_and_group(start, stop, keys, tables, num_tables, world_size, mixed, gro
 
 
 @kernel
-def _radix_passes(digits_of, bits, order, spare):
-    """Sorts ``order`` stably by the low ``bits`` bits of ``digits_of[order]``; returns whether it ended up in spare."""
+def _radix_passes(digits_of, shift, stop, order, spare):
+    """Sorts ``order`` stably by bits ``shift`` to ``stop`` of ``digits_of[order]``; whether it ended up in spare."""
     n = order.size
     flipped = False
     counts = np.empty(_DIGITS, np.int64)
-    shift = 0
-    while shift < bits:
+    while shift < stop:
         source, target = (spare, order) if flipped else (order, spare)
         counts[:] = 0
         for i in range(n):
@@ -49,6 +56,41 @@ def _radix_passes(digits_of, bits, order, spare):
             flipped = not flipped
         shift += _DIGIT_BITS
     return flipped
+
+
+@inline
+def _settle_run(run, mixed):
+    """Sorts the positions of ``run``, whose top bits are equal, stably by the whole mixed key."""
+    if run.size > _MAX_INSERTION_RUN:
+        keys = np.empty(run.size, np.uint64)
+        for i in range(run.size):
+            keys[i] = mixed[run[i]]
+        run[:] = run[np.argsort(keys, kind="mergesort")]
+        return
+    for i in range(1, run.size):
+        position = run[i]
+        key = mixed[position]
+        hole = i
+        while hole > 0 and mixed[run[hole - 1]] > key:
+            run[hole] = run[hole - 1]
+            hole -= 1
+        run[hole] = position
+
+
+@kernel
+def _settle(order, mixed, groups):
+    """Finishes a sort by (group, top bits): puts different keys with the same top bits in order."""
+    first = 0
+    while first < order.size:
+        top, group = mixed[order[first]] >> _UNSORTED_BITS, groups[order[first]]
+        settled = True
+        last = first + 1
+        while last < order.size and mixed[order[last]] >> _UNSORTED_BITS == top and groups[order[last]] == group:
+            settled &= mixed[order[last - 1]] <= mixed[order[last]]
+            last += 1
+        if not settled:
+            _settle_run(order[first:last], mixed)
+        first = last
 
 
 @kernel
@@ -94,11 +136,12 @@ def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size:
     )
     order = np.arange(n, dtype=np.int64)
     spare = np.empty(n, np.int64)
-    if _radix_passes(mixed, 64, order, spare):
+    if _radix_passes(mixed, 64 - _SORTED_BITS, 64, order, spare):
         order, spare = spare, order
     group_bits = (num_tables * world_size - 1).bit_length()
-    if _radix_passes(groups, group_bits, order, spare):
+    if _radix_passes(groups, 0, group_bits, order, spare):
         order = spare
+    _settle(order, mixed, groups)
     unique_keys, unique_tables = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
     inverse, offsets = torch.empty(n, dtype=torch.int64), torch.empty(n + 1, dtype=torch.int64)
     entries = _compact(

@@ -1,0 +1,49 @@
+"""The README's code runs as it stands, and its facts are those of the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+QUICK_START, OPTIONS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def _run(code: str, directory: Path, *launcher: str) -> str:
+    script = directory / "from_readme.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def test_the_quick_start_is_short():
+    lines = [line for line in QUICK_START.splitlines() if line.strip()]
+    assert len(lines) <= 20
+
+
+@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")])
+def test_the_quick_start_runs(tmp_path, launcher):
+    output = _run(QUICK_START, tmp_path, *launcher)
+    ranks = 2 if launcher else 1
+    assert output.count("TableStatistics(size=3, capacity=100096, ") == ranks
+
+
+def test_the_options_run(tmp_path):
+    imports = QUICK_START.split("\n\n")[0]
+    assert _run(f"{imports}\n{OPTIONS}\nprint('built')", tmp_path) == "built\n"
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    missing = [link for link in links if not (ROOT / link).exists()]
+    assert not missing
