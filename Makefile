@@ -4,21 +4,23 @@
 #   STACK        cpu or cuda; found by asking nvidia-smi
 #   TORCH_INDEX  package index for PyTorch alone, such as the one that PyTorch publishes for its CPU builds; without it
 #                PyTorch comes from where pip finds everything else (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf)
-#   NPROC        processes that `demo` starts
+#   NPROC        processes that `demo` starts; 2, or 1 with a single GPU
 #   DATA         files or a folder for `demo`; without it the demo generates its rows
 #   ARGS         further arguments for `demo`, `test` and `bench`
 
 PYTHON ?= python3
 STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCH_INDEX ?=
-NPROC ?= 2
+# Two, but no more than there are GPUs: NCCL takes one process for each.
+NPROC ?= $(if $(filter cuda,$(STACK)),$(shell nvidia-smi -L | head -n 2 | wc -l),2)
 DATA ?=
 ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# One stamp for each stack, so that changing the stack installs again.
 STAMP := $(VENV)/.installed-$(STACK)
+$(if $(filter $(STACK),cpu cuda),,$(error STACK=$(STACK) is not a stack; use cpu or cuda))
+OTHER_STACK := $(if $(filter cuda,$(STACK)),cpu,cuda)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
 PROCESSORS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 # torchrun would give every process a single thread.
@@ -35,8 +37,9 @@ setup: $(STAMP) ## create .venv and install the pinned stack (again only after a
 $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 		"Python %d.%d is not supported; use PYTHON=... to name a Python 3.11, 3.12 or 3.13" % v)'
+	@# Both stacks provide one module, so they cannot share an environment.
+	test ! -e $(VENV)/.installed-$(OTHER_STACK) || rm -rf $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	rm -f $(VENV)/.installed-*
 	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --requirement requirements/torch.txt
 	$(PIP_INSTALL) --requirement requirements/base.txt --requirement requirements/$(STACK).txt --requirement requirements/dev.txt
 	$(PIP_INSTALL) --no-deps --requirement requirements/torchrec.txt

@@ -50,7 +50,8 @@ class DynamicEmbInitializerMode(enum.Enum):
     TRUNCATED_NORMAL = "truncated_normal"
     UNIFORM = "uniform"
     CONSTANT = "constant"
-    #: Every column holds ``float(key mod 100000)`` (the mathematical, never negative, remainder).
+    #: Every column holds ``float(key mod 100000)`` (the mathematical, never negative, remainder), rounded to the dtype
+    #: of the table: float16 has no number for remainders of 65520 and more, and stores infinity.
     DEBUG = "debug"
 
 

@@ -1,12 +1,20 @@
-"""Real processes with gloo for tests: one function, called on every rank, its results brought back."""
+"""Real processes with gloo for tests: one function, called on every rank, its results brought back.
+
+Ranks are forked from one process that has the slow imports behind it (:mod:`tests.preload`), so that a launch costs a
+tenth of a second and each test can have its own.
+"""
 
 from __future__ import annotations
 
 import datetime
+import multiprocessing.process
 import os
-import socket
+import pickle
+import queue
+import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,30 +24,31 @@ import torch.multiprocessing as mp
 __all__ = ["run_on_ranks"]
 
 #: A collective that does not end within this time has hung, and fails.
-COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=120)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
+#: Seconds that a function may take; the first launch also waits for every kernel to be compiled.
+RUN_TIMEOUT_SECONDS = 300
 
 
 def _rank_main(
-    rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple, results: Any
+    rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple, results: Any
 ) -> None:
+    # No MASTER_ADDR: whatever does not use the group that it was given fails.
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
-    )  # fmt: skip
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+    )
     try:
-        results.put((rank, True, function(rank, world_size, *arguments)))
+        # By value: tensors that went through shared memory would vanish with this process.
+        outcome = rank, True, pickle.dumps(function(rank, world_size, *arguments))
     except BaseException:  # the parent raises it again
-        results.put((rank, False, traceback.format_exc()))
-    dist.barrier()
-    dist.destroy_process_group()
+        outcome = rank, False, traceback.format_exc()
+    results.put(outcome)
+    if outcome[1]:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -47,38 +56,47 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
 
     Args:
         world_size: number of processes.
-        function: of a module, so that it can be pickled; what it returns has to be picklable and free of tensors that
-            share memory (convert to NumPy).
+        function: of a module, so that it can be pickled, as must be what it returns.
         arguments: passed on.
 
     Returns:
         The results by rank.
 
     Raises:
-        AssertionError: with the traceback of the first rank that failed.
+        AssertionError: with the traceback of the first rank that failed, or because a rank died or did not end.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])
     results = context.Queue()
-    port = _free_port()
-    processes = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, function, arguments, results))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    collected: dict[int, Any] = {}
-    failures: list[str] = []
-    try:
-        for _ in range(world_size):
-            rank, succeeded, result = results.get(timeout=300)
-            collected[rank] = result
-            if not succeeded:
-                failures.append(f"rank {rank} failed:\n{result}")
-                break
-    finally:
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        processes = [
+            context.Process(target=_rank_main, args=(rank, world_size, store, function, arguments, results))
+            for rank in range(world_size)
+        ]
         for process in processes:
-            process.join(timeout=10 if not failures else 1)
-            if process.is_alive():
-                process.terminate()
-    assert not failures, failures[0]
-    return [collected[rank] for rank in range(world_size)]
+            process.start()
+        try:
+            collected = [_next_result(results, processes) for _ in processes]
+            for process in processes:
+                process.join(timeout=10)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+    return [pickle.loads(result) for _, result in sorted(collected)]
+
+
+def _next_result(results: Any, processes: Sequence[multiprocessing.process.BaseProcess]) -> tuple[int, bytes]:
+    deadline = time.monotonic() + RUN_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        dead = [process.exitcode for process in processes if process.exitcode]
+        try:
+            rank, succeeded, result = results.get(timeout=1)
+        except queue.Empty:
+            assert not dead, f"a rank died with exit code {dead[0]}"
+            continue
+        assert succeeded, f"rank {rank} failed:\n{result}"
+        return rank, result
+    raise AssertionError(f"the ranks did not end within {RUN_TIMEOUT_SECONDS} seconds")

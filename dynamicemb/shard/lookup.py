@@ -15,6 +15,7 @@ from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup
 from torchrec.optim.fused import FusedOptimizerModule
 
 from dynamicemb.errors import CapacityError, DynamicEmbWarning
+from dynamicemb.kernels.engine import engine_name
 from dynamicemb.options import DynamicEmbCheckMode
 from dynamicemb.shard.optimizer import DynamicFusedOptimizer
 from dynamicemb.shard.route import OwnedKeys
@@ -49,6 +50,17 @@ class GroupModule(nn.Module, FusedOptimizerModule):
         )
         for parameter in self._parameters_by_table.values():
             parameter._in_backward_optimizers = [self._optimizer]  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        layout, group = self.group.storage.layout, self.group
+        tables = ", ".join(
+            f"{config.name} ({size.max_slots} rows)"
+            for config, size in zip(group.configs, group.storage.geometries, strict=True)
+        )
+        return (
+            f"{tables}; dim={layout.dim}, {layout.embedding_dtype}, {layout.optimizer.name.lower()}, "
+            f"{group.evict_strategy.value}, engine={engine_name(group.device)}"
+        )
 
     @property
     def fused_optimizer(self) -> DynamicFusedOptimizer:

@@ -6,8 +6,8 @@ Formulas (``g`` the summed gradient of a row, ``w`` the row, ``t`` the table's c
 * Adagrad: ``sum += g * g``, then ``w -= lr * g / (sqrt(sum) + eps)`` (``torch.optim.Adagrad`` without ``lr_decay``)
 * row-wise Adagrad: ``sum += mean(g * g)``, then as above, one ``sum`` for each row (``torchrec.optim.RowWiseAdagrad``)
 * Adam: ``m = b1 * m + (1 - b1) * g``, ``v = b2 * v + (1 - b2) * g * g``, then
-  ``w -= lr * (m / (1 - b1**t)) / (sqrt(v / (1 - b2**t)) + eps)``; only rows of the batch change, and ``t`` counts the
-  steps of the table, not of the row (``torch.optim.SparseAdam``).
+  ``w -= lr * (m / (1 - b1**t)) / (sqrt(v / (1 - b2**t)) + eps)``, as ``torch.optim.Adam`` and fbgemm do; only rows of
+  the batch change, and ``t`` counts the steps of the table, not of the row.
 
 ``weight_decay`` adds ``weight_decay * w`` to ``g`` for SGD and both Adagrads (L2, as ``torch.optim`` does); for Adam it
 adds ``weight_decay * w`` to the quotient that ``lr`` multiplies (decoupled, as fbgemm does).

@@ -1,0 +1,25 @@
+"""Settings of the whole suite."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: two threads on any machine. The tests' work is small, and many start several processes.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# No deadline: the first call of a kernel compiles it. Derandomised: a rerun must not turn red to green.
+settings.register_profile("dynamicemb", deadline=None, derandomize=True)
+settings.load_profile("dynamicemb")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what is marked ``gpu`` where torch finds no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
