@@ -97,7 +97,7 @@ class TableGroup:
         #: Score of new and touched keys under CUSTOMIZED. int64 [T].
         self.custom_scores = torch.zeros(tables, dtype=torch.int64, device=device)
         self.hyperparameters = torch.tensor(
-            [config.optimizer.hyperparameters() for config in configs], dtype=torch.float32, device=device
+            [config.optimizer.hyperparameters() for config in configs], dtype=torch.float64, device=device
         )
         # Keys by what became of them, int64 [T, len(KeyStatus)].
         self._outcomes = torch.zeros(tables, len(KeyStatus), dtype=torch.int64, device=device)

@@ -25,7 +25,7 @@ from dynamicemb.kernels.layout import OptimizerKind
 
 __all__ = ["HYPERPARAMETERS", "OptimizerConfig", "optimizer_from_fused_params"]
 
-#: Columns of the hyperparameter tensor (float32 [tables, len(HYPERPARAMETERS)]) that the update kernels read.
+#: Columns of the hyperparameter tensor (float64 [tables, len(HYPERPARAMETERS)]) that the update kernels read.
 HYPERPARAMETERS = ("learning_rate", "eps", "beta1", "beta2", "weight_decay")
 
 # Values of fbgemm's EmbOptimType, by which torchrec names optimizers.

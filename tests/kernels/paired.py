@@ -202,7 +202,7 @@ class PairedGroup:
         """One SGD step with gradients of small whole numbers, which float32 sums exactly."""
         batch, tables = len(wanted.inverse), len(self.models)
         gradients = ((np.arange(batch * 4).reshape(batch, 4) + self.clock) % 7 - 3).astype(np.float32)
-        hyperparameters = torch.zeros(tables, 5, device=self.device)
+        hyperparameters = torch.zeros(tables, 5, dtype=torch.float64, device=self.device)
         hyperparameters[:, 0] = LEARNING_RATE
         steps = torch.full((tables,), self.clock, dtype=torch.int64, device=self.device)
         update(self.memory.view, unique, slots, torch.from_numpy(gradients).to(self.device), hyperparameters, steps)

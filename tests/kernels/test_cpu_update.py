@@ -56,7 +56,7 @@ class Rows:
 
 def hyperparameters(*tables: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
     rows = [[t.learning_rate, t.eps, t.beta1, t.beta2, t.weight_decay] for t in tables]
-    return torch.tensor(rows, dtype=torch.float32), int64(table.step for table in tables)
+    return torch.tensor(rows, dtype=torch.float64), int64(table.step for table in tables)
 
 
 def assert_rows_close(actual: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ __all__ = ["HyperparameterColumn", "update"]
 
 
 class HyperparameterColumn(enum.IntEnum):
-    """Columns of the hyperparameter tensor, float32 [T, 5]."""
+    """Columns of the hyperparameter tensor, float64 [T, 5]."""
 
     LEARNING_RATE = 0
     EPS = 1
@@ -37,7 +37,8 @@ def update(
         unique: the batch.
         slots: int64 [U]; keys with a negative slot are passed over.
         gradients: float32, float16 or bfloat16 [N, dim], contiguous.
-        hyperparameters: float32 [T, 5], see :class:`HyperparameterColumn`.
+        hyperparameters: float64 [T, 5], see :class:`HyperparameterColumn`. Kernels round them, ``1 - beta`` and
+            ``1 - beta ** t`` to float32: ``1 - 0.999`` taken in float32 would be off by 1.3e-5.
         steps: int64 [T], update steps of each table, this one included (Adam's ``t``). Does not synchronise.
     """
     implementation(__name__, view.device).update(view, unique, slots, gradients, hyperparameters, steps)

@@ -21,7 +21,6 @@ _BETA1, _BETA2 = np.int64(HyperparameterColumn.BETA1), np.int64(HyperparameterCo
 _DECAY = np.int64(HyperparameterColumn.WEIGHT_DECAY)
 _SGD, _ADAGRAD = np.int64(OptimizerKind.SGD), np.int64(OptimizerKind.ADAGRAD)
 _ROWWISE_ADAGRAD = np.int64(OptimizerKind.ROWWISE_ADAGRAD)
-_1 = np.float32(1)
 
 
 @inline
@@ -50,12 +49,14 @@ def _rowwise_adagrad(weights, gradient, total, rate, eps):
 
 @inline
 def _adam(weights, gradient, mean, square, numbers, step):
-    rate, eps, beta1, beta2, decay = numbers[_LR], numbers[_EPS], numbers[_BETA1], numbers[_BETA2], numbers[_DECAY]
-    correction1 = np.float32(1.0 - np.float64(beta1) ** np.float64(step))
-    correction2 = np.float32(1.0 - np.float64(beta2) ** np.float64(step))
+    rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
+    beta1, beta2 = np.float32(numbers[_BETA1]), np.float32(numbers[_BETA2])
+    new1, new2 = np.float32(1.0 - numbers[_BETA1]), np.float32(1.0 - numbers[_BETA2])
+    correction1 = np.float32(1.0 - numbers[_BETA1] ** np.float64(step))
+    correction2 = np.float32(1.0 - numbers[_BETA2] ** np.float64(step))
     for i in range(weights.size):
-        mean[i] = beta1 * mean[i] + (_1 - beta1) * gradient[i]
-        square[i] = beta2 * square[i] + (_1 - beta2) * gradient[i] * gradient[i]
+        mean[i] = beta1 * mean[i] + new1 * gradient[i]
+        square[i] = beta2 * square[i] + new2 * gradient[i] * gradient[i]
         step_size = mean[i] / correction1 / (math.sqrt(square[i] / correction2) + eps)
         weights[i] -= rate * (step_size + decay * weights[i])
 
@@ -82,15 +83,16 @@ def _update(
             weights = rounded
         state = address + state_offset
         numbers = hyperparameters[tables[u]]
-        if kind <= _ROWWISE_ADAGRAD and numbers[_DECAY] != 0:
+        rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
+        if kind <= _ROWWISE_ADAGRAD and decay != 0:
             for i in range(dim):
-                gradient[i] += numbers[_DECAY] * weights[i]
+                gradient[i] += decay * weights[i]
         if kind == _SGD:
-            _sgd(weights, gradient, numbers[_LR])
+            _sgd(weights, gradient, rate)
         elif kind == _ADAGRAD:
-            _adagrad(weights, gradient, carray(as_float32(state), (dim,)), numbers[_LR], numbers[_EPS])
+            _adagrad(weights, gradient, carray(as_float32(state), (dim,)), rate, eps)
         elif kind == _ROWWISE_ADAGRAD:
-            _rowwise_adagrad(weights, gradient, carray(as_float32(state), (1,)), numbers[_LR], numbers[_EPS])
+            _rowwise_adagrad(weights, gradient, carray(as_float32(state), (1,)), rate, eps)
         else:
             mean, square = carray(as_float32(state), (dim,)), carray(as_float32(state + dim * 4), (dim,))
             _adam(weights, gradient, mean, square, numbers, steps[tables[u]])

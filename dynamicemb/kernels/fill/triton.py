@@ -1,0 +1,228 @@
+"""First values on the GPU: Philox and float64 arithmetic, each operation rounded as the CPU engine rounds it.
+
+Launched without fused multiply-adds. One Philox block gives four columns, so a program works on blocks and interleaves
+their words. The normal quantile, the only costly part, runs only where a program has a key that needs it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from dynamicemb.kernels.fill import (
+    DEBUG_MODULUS,
+    LN_2,
+    LOG_TERMS,
+    QUANTILE_CENTRE_A,
+    QUANTILE_CENTRE_B,
+    QUANTILE_TAIL,
+    QUANTILE_TAIL_C,
+    QUANTILE_TAIL_D,
+    SQRT_HALF,
+    FillMode,
+)
+from dynamicemb.kernels.triton_support import (
+    DTYPE_CODES,
+    column_tile,
+    cuda_device,
+    rounded_to,
+    row_pointers,
+    row_tile,
+    row_warps,
+    state_pointers,
+    write_row,
+)
+from dynamicemb.kernels.views import GroupView, InitializerView, KeyStatus, UniqueKeys
+
+_INSERTED = tl.constexpr(int(KeyStatus.INSERTED))
+_REPLACED = tl.constexpr(int(KeyStatus.REPLACED))
+_CONSTANT = tl.constexpr(int(FillMode.CONSTANT))
+_UNIFORM = tl.constexpr(int(FillMode.UNIFORM))
+_NORMAL = tl.constexpr(int(FillMode.NORMAL))
+_TRUNCATED_NORMAL = tl.constexpr(int(FillMode.TRUNCATED_NORMAL))
+_DEBUG = tl.constexpr(int(FillMode.DEBUG))
+_DEBUG_MODULUS = tl.constexpr(DEBUG_MODULUS)
+_CENTRE_A = tl.constexpr(QUANTILE_CENTRE_A)
+_CENTRE_B = tl.constexpr(QUANTILE_CENTRE_B)
+_TAIL_C = tl.constexpr(QUANTILE_TAIL_C)
+_TAIL_D = tl.constexpr(QUANTILE_TAIL_D)
+_TAIL = tl.constexpr(QUANTILE_TAIL)
+_SQRT_HALF = tl.constexpr(SQRT_HALF)
+_LN_2 = tl.constexpr(LN_2)
+_LOG_TERMS = tl.constexpr(LOG_TERMS)
+# Philox4x32: Salmon et al. 2011, table 2 and section 4.3.
+_PHILOX_A = tl.constexpr(0xD2511F53)
+_PHILOX_B = tl.constexpr(0xCD9E8D57)
+_WEYL_A = tl.constexpr(0x9E3779B9)
+_WEYL_B = tl.constexpr(0xBB67AE85)
+_TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
+_TWO_TO_54 = tl.constexpr(2.0**54)
+_LEAST_NORMAL = tl.constexpr(2.0**-1022)
+
+# Division and square root in float64 are subroutines with registers of their own. Left to itself, ptxas stops at 96
+# registers and puts two more in memory.
+_REGISTERS = 128
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 on uint32 words; products and sums in uint64, where they cannot overflow."""
+    for _ in tl.static_range(10):
+        product_a = c0.to(tl.uint64) * _PHILOX_A
+        product_b = c2.to(tl.uint64) * _PHILOX_B
+        c0 = (product_b >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product_b.to(tl.uint32)
+        c2 = (product_a >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product_a.to(tl.uint32)
+        k0 = (k0.to(tl.uint64) + _WEYL_A).to(tl.uint32)
+        k1 = (k1.to(tl.uint64) + _WEYL_B).to(tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _logarithm(p):
+    """Natural logarithm of p in [0, 1], float64; what the CPU engine's ``frexp`` gives, from the bits."""
+    subnormal = p < _LEAST_NORMAL
+    bits = tl.where(subnormal, p * _TWO_TO_54, p).to(tl.int64, bitcast=True)
+    exponent = tl.where(p == 0.0, 0, (bits >> 52) - 1022 - tl.where(subnormal, 54, 0))
+    fraction = ((bits & 0x000FFFFFFFFFFFFF) | 0x3FE0000000000000).to(tl.float64, bitcast=True)
+    fraction = tl.where(p == 0.0, 0.0, fraction)
+    low = fraction < _SQRT_HALF
+    fraction = tl.where(low, fraction * 2.0, fraction)
+    exponent = tl.where(low, exponent - 1, exponent)
+    s = (fraction - 1.0) / (fraction + 1.0)
+    square = s * s
+    series = tl.zeros_like(s) + 1.0 / (2 * _LOG_TERMS - 1)
+    for term in tl.static_range(_LOG_TERMS - 1, 0, -1):
+        series = series * square + 1.0 / (2 * term - 1)
+    return exponent.to(tl.float64) * _LN_2 + 2.0 * (s * series)
+
+
+@triton.jit
+def _horner(COEFFICIENTS: tl.constexpr, TERMS: tl.constexpr, x):
+    value = tl.zeros_like(x) + COEFFICIENTS[0]
+    for i in tl.static_range(1, TERMS):
+        value = value * x + COEFFICIENTS[i]
+    return value
+
+
+@triton.jit
+def _quantile(p):
+    """Quantile of the standard normal distribution, float64."""
+    upper = p > 1.0 - _TAIL
+    q = tl.sqrt(-2.0 * _logarithm(tl.where(upper, 1.0 - p, p)))
+    tail = _horner(_TAIL_C, 6, q) / (_horner(_TAIL_D, 4, q) * q + 1.0)
+    centred = p - 0.5
+    r = centred * centred
+    centre = _horner(_CENTRE_A, 6, r) * centred / (_horner(_CENTRE_B, 5, r) * r + 1.0)
+    return tl.where(p < _TAIL, tail, tl.where(upper, -tail, centre))
+
+
+@triton.jit
+def _first_values(init_seeds, init_modes, init_parameters, keys, tables, mask, COLUMNS: tl.constexpr):
+    """float32 [R, COLUMNS], the rows that ``keys`` begin with."""
+    seeds = tl.load(init_seeds + tables, mask=mask, other=0).to(tl.uint64, bitcast=True)[:, None]
+    modes = tl.load(init_modes + tables, mask=mask, other=_CONSTANT)[:, None]
+    parameters = init_parameters + tables * 4
+    p0 = tl.load(parameters, mask=mask, other=0.0)[:, None]
+    p1 = tl.load(parameters + 1, mask=mask, other=0.0)[:, None]
+    bits = keys.to(tl.uint64, bitcast=True)[:, None]
+    blocks = tl.zeros_like(bits).to(tl.uint32) + tl.arange(0, COLUMNS // 4).to(tl.uint32)[None, :]
+    zeros = tl.zeros_like(blocks)
+    x0, x1, x2, x3 = _philox(
+        bits.to(tl.uint32) + zeros, (bits >> 32).to(tl.uint32) + zeros, blocks, zeros,
+        seeds.to(tl.uint32) + zeros, (seeds >> 32).to(tl.uint32) + zeros,
+    )  # fmt: skip
+    words = tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+    u = (words.to(tl.float64) + 0.5) * _TWO_TO_MINUS_32
+
+    values = p0 + (p1 - p0) * u
+    normal = (modes == _NORMAL) | (modes == _TRUNCATED_NORMAL)
+    if tl.max(normal.to(tl.int32)) > 0:
+        p2 = tl.load(parameters + 2, mask=mask, other=0.0)[:, None]
+        p3 = tl.load(parameters + 3, mask=mask, other=0.0)[:, None]
+        p = tl.where(modes == _TRUNCATED_NORMAL, p2 + (p3 - p2) * u, u)
+        values = tl.where(normal, p0 + p1 * _quantile(p), values)
+    values = tl.where(modes == _CONSTANT, p0, values)
+    remainder = keys % _DEBUG_MODULUS
+    remainder = tl.where(remainder < 0, remainder + _DEBUG_MODULUS, remainder)[:, None].to(tl.float64)
+    return tl.where(modes == _DEBUG, remainder, values).to(tl.float32)
+
+
+@triton.jit
+def _fill_kernel(
+    addresses, count, keys, tables, slots, status, init_seeds, init_modes, init_parameters, init_states, chunks,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, DTYPE: tl.constexpr,
+    STATE_OFFSET: tl.constexpr, STATE_WIDTH: tl.constexpr, STATE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    entries = tl.load(count)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    if first >= entries:
+        return
+    entry = first + tl.arange(0, ROWS)
+    outcome = tl.load(status + entry, mask=entry < entries, other=0)
+    new = (outcome == _INSERTED) | (outcome == _REPLACED)
+    if tl.max(new.to(tl.int32), axis=0) == 0:
+        return
+    key = tl.load(keys + entry, mask=new, other=0)
+    table = tl.load(tables + entry, mask=new, other=0)
+    slot = tl.load(slots + entry, mask=new, other=0)
+    values = _first_values(init_seeds, init_modes, init_parameters, key, table, new, COLUMNS)
+    columns = tl.arange(0, COLUMNS)
+    rows = row_pointers(addresses, chunks, slot, new, ROW_BYTES, DTYPE)
+    write_row(rows[:, None] + columns[None, :], values, new[:, None] & (columns < DIM)[None, :], DTYPE)
+    if STATE_WIDTH > 0:
+        columns = tl.arange(0, STATE_COLUMNS)
+        states = state_pointers(addresses, chunks, slot, new, ROW_BYTES, STATE_OFFSET)
+        begin = tl.load(init_states + table, mask=new, other=0.0)[:, None] + tl.zeros([1, STATE_COLUMNS], tl.float32)
+        tl.store(states[:, None] + columns[None, :], begin, mask=new[:, None] & (columns < STATE_WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=["total"])
+def _initial_rows_kernel(
+    keys, tables, init_seeds, init_modes, init_parameters, out, total, DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = at < total
+    key = tl.load(keys + at, mask=inside, other=0)
+    table = tl.load(tables + at, mask=inside, other=0)
+    values = _first_values(init_seeds, init_modes, init_parameters, key, table, inside, COLUMNS)
+    columns = tl.arange(0, COLUMNS)
+    mask = inside[:, None] & (columns < DIM)[None, :]
+    tl.store(out + (at * DIM)[:, None] + columns[None, :], rounded_to(values, DTYPE), mask=mask)
+
+
+def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch.Tensor, init: InitializerView) -> None:
+    layout = view.layout
+    entries = unique.keys.numel()
+    if entries == 0:
+        return
+    rows = row_tile(layout.dim)
+    with cuda_device(slots):
+        _fill_kernel[(triton.cdiv(entries, rows),)](
+            view.addresses, unique.count, unique.keys, unique.tables, slots, status, init.seeds, init.modes,
+            init.parameters, init.states, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
+            ROWS=rows, ROW_BYTES=layout.row_bytes, DTYPE=DTYPE_CODES[layout.embedding_dtype],
+            STATE_OFFSET=layout.state_offset_bytes, STATE_WIDTH=layout.state_width,
+            STATE_COLUMNS=column_tile(max(layout.state_width, 1)), num_warps=row_warps(layout.dim),
+            maxnreg=_REGISTERS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def initial_rows(
+    keys: torch.Tensor, tables: torch.Tensor, init: InitializerView, dim: int, dtype: torch.dtype
+) -> torch.Tensor:
+    keys, tables = keys.contiguous(), tables.contiguous()
+    total = keys.numel()
+    out = torch.empty(total, dim, dtype=torch.float32, device=keys.device)
+    if total:
+        rows = row_tile(dim)
+        with cuda_device(keys):
+            _initial_rows_kernel[(triton.cdiv(total, rows),)](
+                keys, tables, init.seeds, init.modes, init.parameters, out, total, DIM=dim, COLUMNS=column_tile(dim),
+                ROWS=rows, DTYPE=DTYPE_CODES[dtype], num_warps=row_warps(dim), maxnreg=_REGISTERS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    return out

@@ -1,0 +1,71 @@
+"""Optimizer steps on the Triton engine: the same bits as the CPU engine, but for row-wise Adagrad's mean of squares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
+from dynamicemb.kernels.update import HyperparameterColumn
+from tests.kernels.group_state import Twins
+from tests.kernels.triton_host import MARKS
+
+pytestmark = MARKS
+
+TABLES = 3
+#: Table 0 has no weight decay; the steps reach the end of Adam's bias correction.
+STEPS = torch.tensor([1, 10, 100_000])
+
+
+def hyperparameters() -> torch.Tensor:
+    numbers = torch.tensor([0.1, 1e-8, 0.9, 0.999, 0.01], dtype=torch.float64).repeat(TABLES, 1)
+    numbers[:, HyperparameterColumn.LEARNING_RATE] = torch.tensor([0.1, 0.01, 0.5], dtype=torch.float64)
+    numbers[0, HyperparameterColumn.WEIGHT_DECAY] = 0.0
+    return numbers
+
+
+def run(layout: RowLayout, gradient_dtype: torch.dtype, size: int = 60, steps: int = 2) -> None:
+    """Steps over keys with duplicates, of which some were refused."""
+    pair = Twins([TableGeometry.create(24, 24, 8)] * TABLES, layout)
+    generator = torch.Generator().manual_seed(size)
+    for step in range(steps):
+        keys = torch.randint(0, 25, (size,), generator=generator)
+        tables = torch.randint(0, TABLES, (size,), generator=generator, dtype=torch.int32)
+        keys[: size // 3], tables[: size // 3] = 1, 1
+        batch, _ = pair.train(keys, tables, torch.tensor([step]))
+        gradients = torch.randn(size, layout.dim, generator=generator).to(gradient_dtype)
+        pair.update(batch, gradients, hyperparameters(), STEPS + step)
+
+
+@pytest.mark.parametrize("optimizer", list(OptimizerKind))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rules_and_row_dtypes(optimizer: OptimizerKind, dtype: torch.dtype) -> None:
+    run(RowLayout(12, dtype, optimizer), torch.float32)
+
+
+@pytest.mark.parametrize("optimizer", list(OptimizerKind))
+@pytest.mark.parametrize("gradient_dtype", [torch.float16, torch.bfloat16])
+def test_gradient_dtypes(optimizer: OptimizerKind, gradient_dtype: torch.dtype) -> None:
+    run(RowLayout(4, gradient_dtype, optimizer), gradient_dtype)
+
+
+@pytest.mark.parametrize("optimizer", list(OptimizerKind))
+@pytest.mark.parametrize("dim", [20, 128, 1024])
+def test_widths(optimizer: OptimizerKind, dim: int) -> None:
+    run(RowLayout(dim, torch.float32, optimizer), torch.float32, size=15, steps=1)
+
+
+def test_refused_keys_take_no_update() -> None:
+    layout = RowLayout(4, torch.float32, OptimizerKind.SGD)
+    pair = Twins([TableGeometry.create(8, 8, 8)], layout)
+    keys, tables = torch.arange(30), torch.zeros(30, dtype=torch.int32)
+    batch, _ = pair.train(keys, tables, torch.tensor([1]))
+    assert (batch.cpu_slots < 0).sum() == 22
+    pair.update(batch, torch.ones(30, 4), hyperparameters()[:1], STEPS[:1])
+
+
+def test_an_empty_batch() -> None:
+    pair = Twins([TableGeometry.create(8, 8, 8)], RowLayout(4, torch.float32, OptimizerKind.ADAM))
+    nothing = torch.zeros(0, dtype=torch.int64)
+    batch, _ = pair.train(nothing, nothing.int(), torch.tensor([1]))
+    pair.update(batch, torch.zeros(0, 4), hyperparameters()[:1], STEPS[:1])
