@@ -7,6 +7,7 @@ tenth of a second and each test can have its own.
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing.process
 import os
 import pickle
@@ -37,6 +38,8 @@ def _rank_main(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
     )
     torch.set_num_threads(1)
+    # Shows where a rank hangs before the collective's own timeout ends it.
+    faulthandler.dump_traceback_later(COLLECTIVE_TIMEOUT.total_seconds() * 0.75, exit=False)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )

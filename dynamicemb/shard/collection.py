@@ -17,6 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from dynamicemb.errors import DynamicEmbWarning
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding
 from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, without_samples
+from dynamicemb.shard.ids import with_integer_ids
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.route import DynamicShardingContext
 from dynamicemb.shard.sharding import DYNAMIC_ROW_WISE, DynamicSequenceSharding
@@ -88,6 +89,13 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
     # ------------------------------------------------------------------------------------------ input
 
     def input_dist(self, ctx: EmbeddingCollectionContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
+        if self._has_uninitialized_input_dist:
+            self._create_input_dist(features.keys(), ctx)
+            self._has_uninitialized_input_dist = False
+        if self._dynamic_tables:
+            features, error = with_integer_ids(features, self._dynamic_tables)
+            if error is not None:
+                self._input_dists[-1].reject(error)
         if not features.variable_stride_per_key() and features.stride() == 0:
             assert isinstance(ctx, CollectionContext)
             ctx.no_samples = True
@@ -161,6 +169,16 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
     def _skip_dynamic_tables(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Rows of a static table cannot be assigned to a dynamic one by position: they belong to ids."""
         assert isinstance(self, ShardedDynamicEmbeddingCollection)
-        for key in self._weight_keys(prefix):
-            state_dict.pop(key, None)
-            self._skip_missing_weight_key.append(key)
+        ignored = []
+        for table, key in zip(self._dynamic_tables, self._weight_keys(prefix), strict=True):
+            if state_dict.pop(key, None) is not None:
+                ignored.append(table)
+            if key not in self._skip_missing_weight_key:
+                self._skip_missing_weight_key.append(key)
+        if ignored:
+            warnings.warn(
+                f"load_state_dict() leaves dynamic tables as they are: rows of static tables ({', '.join(ignored)}) belong "
+                "to positions, not to ids",
+                DynamicEmbWarning,
+                stacklevel=2,
+            )

@@ -27,25 +27,6 @@ _OK, _BAD_KEY_TYPE = 0, 1
 _REPORTS = {_BAD_KEY_TYPE: "ids that are not 32- or 64-bit integers"}
 
 
-def keys_of(features: KeyedJaggedTensor) -> torch.Tensor:
-    """The ids as int64: narrower ones widened, uint64 reinterpreted.
-
-    Raises:
-        KeyTypeError: ids of another dtype.
-    """
-    values = features.values()
-    if values.dtype is torch.int64:
-        return values.contiguous()
-    if values.dtype is torch.int32:
-        return values.long()
-    if values.dtype is torch.uint64:
-        return values.contiguous().view(torch.int64)
-    raise KeyTypeError(
-        f"features {', '.join(features.keys())}: ids are {values.dtype}, but dynamic tables take int64, int32 or "
-        "uint64; convert them before building the KeyedJaggedTensor"
-    )
-
-
 class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
     """Sends each distinct id of the dynamic tables to the rank that owns it.
 
@@ -69,27 +50,30 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         self._features_by_table = features_by_table
         self._send_occurrences = send_occurrences
         self._table_ids = torch.arange(len(features_by_table), dtype=torch.int32, device=device)
+        self._error: Optional[KeyTypeError] = None
+
+    def reject(self, error: KeyTypeError) -> None:
+        """The next batch, which comes without ids, stands for one that cannot be sent: it ends in an error everywhere."""
+        self._error = error
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[OwnedKeys]]:
         """Starts the exchange of sizes. Waiting for the result starts the exchange of keys, waiting again ends it.
 
         Args:
             sparse_features: features of the dynamic tables, in the order of the tables; any lengths, also none at all.
+                Ids are int64 or int32.
 
         Raises:
-            KeyTypeError: the ids are not integers (with several ranks: when the sizes have been exchanged, there and as
-                :class:`~dynamicemb.errors.RemoteRankError` on all other ranks).
+            KeyTypeError: what :meth:`reject` was given (with several ranks: when the sizes have been exchanged, there
+                and as :class:`~dynamicemb.errors.RemoteRankError` on all other ranks).
         """
+        error, self._error = self._error, None
         if self._world_size == 1:
+            if error is not None:
+                raise error
             keys, tables, lengths = self._keys_and_tables(sparse_features)
             return _WithRoute(Route(), NoWait(NoWait(OwnedKeys(keys, tables, None, [lengths]))))
-        error: Optional[KeyTypeError] = None
-        try:
-            keys, tables, _ = self._keys_and_tables(sparse_features)
-        except KeyTypeError as bad_type:
-            error = bad_type
-            keys = torch.empty(0, dtype=torch.int64, device=self._table_ids.device)
-            tables = self._table_ids[:0]
+        keys, tables, _ = self._keys_and_tables(sparse_features)
         unique = dedup(keys, tables, len(self._features_by_table), self._world_size)
         assert self._pg is not None
         return SizesAwaitable(self._pg, unique, len(self._features_by_table), self._send_occurrences, error)
@@ -100,7 +84,7 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         for num_features in self._features_by_table:
             lengths.append(sum(lengths_by_feature[first : first + num_features]))
             first += num_features
-        keys = keys_of(features)
+        keys = features.values().long().contiguous()
         lengths_on_device = torch.tensor(lengths, device="cpu").to(keys.device, non_blocking=True)
         tables = torch.repeat_interleave(self._table_ids, lengths_on_device, output_size=keys.numel())
         return keys, tables, lengths

@@ -157,7 +157,7 @@ class TableGroup:
         """One optimizer step for every distinct key of a training lookup.
 
         If other lookups came in between, the keys are looked up again; one that has been evicted meanwhile has no row
-        left to update and is passed over.
+        left to update and is passed over, as is one that was refused.
 
         Args:
             lookup: of the batch.
@@ -166,7 +166,9 @@ class TableGroup:
         self.steps += 1
         slots = lookup.slots
         if lookup.generation != self._generation:
-            slots = find(self.storage.view, lookup.unique)
+            found = find(self.storage.view, lookup.unique)
+            # A key that was refused read as zeros: its gradient is not that of a row that it may have by now.
+            slots = torch.where(slots == NO_SLOT, slots, found)
         update(self.storage.view, lookup.unique, slots, gradients.contiguous(), self.hyperparameters, self.steps)
 
     # ------------------------------------------------------------------------------------------------ steps
