@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
-    "as_bytes", "as_float32", "as_int64", "as_uint16", "as_uint64", "inline", "kernel", "mulhi64", "numpy_view",
-    "parallel_for",
+    "PREFETCH_DISTANCE", "as_bytes", "as_float32", "as_int64", "as_uint16", "as_uint64", "copy_bytes", "inline",
+    "kernel", "mulhi64", "numpy_view", "parallel_for", "prefetch",
 ]  # fmt: skip
 
 
@@ -50,6 +51,9 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 #: For functions called from kernels: compiled into them.
 inline = numba.njit(nogil=True, error_model="numpy", inline="never")
+
+#: Keys that a kernel looks ahead. One random access takes as long as the work on about this many rows.
+PREFETCH_DISTANCE = np.int64(8)
 
 # Ranges shorter than this run in the calling thread: handing one over costs about 20 microseconds.
 _MIN_ITEMS_PER_THREAD = 2048
@@ -119,6 +123,42 @@ as_uint16 = _pointer_to(types.uint16)
 as_uint64 = _pointer_to(types.uint64)
 as_int64 = _pointer_to(types.int64)
 as_float32 = _pointer_to(types.float32)
+
+
+@intrinsic
+def copy_bytes(typing_context, target, source, num_bytes):  # type: ignore[no-untyped-def]
+    """memcpy between two addresses; a slice assignment costs several times as much for a row of a few hundred bytes."""
+    signature = types.void(types.int64, types.int64, types.int64)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = context.get_value_type(types.CPointer(types.uint8))
+        to, source_pointer = builder.inttoptr(arguments[0], pointer), builder.inttoptr(arguments[1], pointer)
+        cgutils.raw_memcpy(builder, to, source_pointer, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def _prefetch_line(typing_context, address):  # type: ignore[no-untyped-def]
+    signature = types.void(types.int64)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        byte_pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        numbers = [ir.Constant(number, value) for value in (0, 3, 1)]  # to read, into all caches, as data
+        builder.call(function, [builder.inttoptr(arguments[0], byte_pointer), *numbers])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@inline
+def prefetch(address, num_bytes):  # type: ignore[no-untyped-def]
+    """Asks for the cache lines of ``num_bytes`` bytes at ``address`` before they are needed; never faults."""
+    for line in range(0, num_bytes, 64):
+        _prefetch_line(address + line)
 
 
 @intrinsic

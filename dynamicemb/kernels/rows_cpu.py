@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import carray, types
+from numba import types
 from numba.extending import intrinsic
 
-from dynamicemb.kernels.numba_support import as_float32, as_uint16, inline
+from dynamicemb.kernels.numba_support import as_float32, as_uint16, copy_bytes, inline
 
-__all__ = ["DTYPE_CODES", "add_row", "read_row", "write_row"]
+__all__ = ["DTYPE_CODES", "FLOAT32", "read_row", "sum_rows", "write_row"]
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 #: How kernels are told a dtype.
@@ -79,57 +79,58 @@ def _float_to_float16(value):
 
 
 @inline
-def read_row(address, code, out):
-    """out[:] = the row of ``out.size`` values at ``address``."""
+def read_row(source, code, target, dim):
+    """The row at address ``source`` to ``dim`` float32 values at address ``target``."""
     if code == FLOAT32:
-        out[:] = carray(as_float32(address), (out.size,))
-    elif code == FLOAT16:
-        halves = carray(as_uint16(address), (out.size,))
-        for i in range(out.size):
-            out[i] = _float16_to_float(halves[i])
+        copy_bytes(target, source, dim * 4)
+        return
+    halves, values = as_uint16(source), as_float32(target)
+    if code == FLOAT16:
+        for i in range(dim):
+            values[i] = _float16_to_float(halves[i])
     else:
-        halves = carray(as_uint16(address), (out.size,))
-        for i in range(out.size):
-            out[i] = _bfloat16_to_float(halves[i])
+        for i in range(dim):
+            values[i] = _bfloat16_to_float(halves[i])
 
 
 @inline
-def write_row(address, code, values):
-    """The row at ``address`` = ``values``, rounded."""
+def write_row(target, code, source, dim):
+    """``dim`` float32 values at address ``source`` to the row at address ``target``, rounded."""
     if code == FLOAT32:
-        row = carray(as_float32(address), (values.size,))
-        row[:] = values
-    elif code == FLOAT16:
-        halves = carray(as_uint16(address), (values.size,))
-        for i in range(values.size):
+        copy_bytes(target, source, dim * 4)
+        return
+    halves, values = as_uint16(target), as_float32(source)
+    if code == FLOAT16:
+        for i in range(dim):
             halves[i] = _float_to_float16(values[i])
     else:
-        halves = carray(as_uint16(address), (values.size,))
-        for i in range(values.size):
+        for i in range(dim):
             halves[i] = _float_to_bfloat16(values[i])
 
 
-def add_row(values, index, code, out):
-    """out += values[index]; ``values`` is float32, or uint16 with a float16 or bfloat16 pattern. Replaced below."""
-    raise AssertionError("only compiled code calls this")
+@inline
+def add_row(source, code, target, dim):
+    """Adds the row at address ``source`` to ``dim`` float32 values at address ``target``."""
+    sums = as_float32(target)
+    if code == FLOAT32:
+        values = as_float32(source)
+        for i in range(dim):
+            sums[i] += values[i]
+        return
+    halves = as_uint16(source)
+    if code == FLOAT16:
+        for i in range(dim):
+            sums[i] += _float16_to_float(halves[i])
+    else:
+        for i in range(dim):
+            sums[i] += _bfloat16_to_float(halves[i])
 
 
-from numba.extending import overload  # noqa: E402
-
-
-@overload(add_row, inline="never")
-def _add_row(values, index, code, out):
-    if values.dtype == types.float32:
-
-        def add_float32(values, index, code, out):
-            for i in range(out.size):
-                out[i] += values[index, i]
-
-        return add_float32
-
-    def add_half(values, index, code, out):
-        for i in range(out.size):
-            bits = values[index, i]
-            out[i] += _float16_to_float(bits) if code == FLOAT16 else _bfloat16_to_float(bits)
-
-    return add_half
+@inline
+def sum_rows(rows, row_bytes, code, order, first, last, target, dim):
+    """Sums rows ``order[first:last]`` of those at address ``rows``, one after the other, at address ``target``."""
+    sums = as_float32(target)
+    for i in range(dim):
+        sums[i] = np.float32(0)
+    for i in range(first, last):
+        add_row(rows + order[i] * row_bytes, code, target, dim)

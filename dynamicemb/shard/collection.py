@@ -13,6 +13,7 @@ from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from dynamicemb.errors import DynamicEmbWarning
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding
@@ -89,9 +90,10 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
     # ------------------------------------------------------------------------------------------ input
 
     def input_dist(self, ctx: EmbeddingCollectionContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
-        if self._has_uninitialized_input_dist:
+        features = maybe_td_to_kjt(features, None)
+        if not self._input_dists:
             self._create_input_dist(features.keys(), ctx)
-            self._has_uninitialized_input_dist = False
+            self._has_uninitialized_input_dist: bool = False
         if self._dynamic_tables:
             features, error = with_integer_ids(features, self._dynamic_tables)
             if error is not None:
@@ -177,8 +179,8 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
                 self._skip_missing_weight_key.append(key)
         if ignored:
             warnings.warn(
-                f"load_state_dict() leaves dynamic tables as they are: rows of static tables ({', '.join(ignored)}) belong "
-                "to positions, not to ids",
+                f"load_state_dict() leaves dynamic tables as they are: rows of static tables ({', '.join(ignored)}) "
+                "belong to positions, not to ids",
                 DynamicEmbWarning,
                 stacklevel=2,
             )

@@ -34,8 +34,8 @@ def with_integer_ids(
     error = None
     if values.numel() > 0:
         error = KeyTypeError(
-            f"tables {', '.join(tables)}: the ids of features {', '.join(features.keys())} are {values.dtype}, but dynamic "
-            "tables take int64, int32 or uint64; convert them before building the KeyedJaggedTensor"
+            f"tables {', '.join(tables)}: the ids of features {', '.join(features.keys())} are {values.dtype}, but "
+            "dynamic tables take int64, int32 or uint64; convert them before building the KeyedJaggedTensor"
         )
     no_ids = torch.empty(0, dtype=torch.int64, device=values.device)
     return _replaced(features, no_ids, torch.zeros_like(features.lengths())), error

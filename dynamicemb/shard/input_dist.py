@@ -53,7 +53,7 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         self._error: Optional[KeyTypeError] = None
 
     def reject(self, error: KeyTypeError) -> None:
-        """The next batch, which comes without ids, stands for one that cannot be sent: it ends in an error everywhere."""
+        """The next batch, which comes without ids, stands for one that cannot be sent: it ends in an error on all."""
         self._error = error
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[OwnedKeys]]:

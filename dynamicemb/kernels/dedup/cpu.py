@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from dynamicemb.kernels.hashing.cpu import mix
-from dynamicemb.kernels.numba_support import inline, kernel, mulhi64, numpy_view, parallel_for
-from dynamicemb.kernels.rows_cpu import DTYPE_CODES, add_row
+from dynamicemb.kernels.numba_support import inline, kernel, mulhi64, parallel_for
+from dynamicemb.kernels.rows_cpu import DTYPE_CODES, sum_rows
 from dynamicemb.kernels.views import UniqueKeys
 
 # 11 bits: the 2048 counters of a pass stay in the first-level cache.
@@ -110,12 +110,10 @@ def _compact(order, mixed, groups, keys, tables, unique_keys, unique_tables, inv
 
 
 @kernel
-def _sum_rows(start, stop, values, code, order, offsets, out):
+def _sum_rows(start, stop, values, value_bytes, code, order, offsets, dim, out):
     for entry in range(start, stop):
-        row = out[entry]
-        row[:] = np.float32(0)
-        for i in range(offsets[entry], offsets[entry + 1]):
-            add_row(values, order[i], code, row)
+        target = out + entry * dim * 4
+        sum_rows(values, value_bytes, code, order, offsets[entry], offsets[entry + 1], target, dim)
 
 
 @kernel
@@ -166,6 +164,10 @@ def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
         parallel_for(_sum_integers, entries, values.numpy(), order, offsets, totals.numpy())
         return totals
     values = values.contiguous()
-    sums = torch.empty(entries, values.shape[1], dtype=torch.float32)
-    parallel_for(_sum_rows, entries, numpy_view(values), DTYPE_CODES[values.dtype], order, offsets, sums.numpy())
+    dim = values.shape[1]
+    sums = torch.empty(entries, dim, dtype=torch.float32)
+    parallel_for(
+        _sum_rows, entries, np.int64(values.data_ptr()), np.int64(dim * values.itemsize), DTYPE_CODES[values.dtype],
+        order, offsets, np.int64(dim), np.int64(sums.data_ptr()),
+    )  # fmt: skip
     return sums

@@ -126,25 +126,29 @@ def _fill(
     parameters, states,
 ):  # fmt: skip
     row = np.empty(dim, np.float32)
+    row_address = np.int64(row.ctypes.data)
     for u in range(start, stop):
         if status[u] != _INSERTED and status[u] != _REPLACED:
             continue
         table = tables[u]
         address = addresses[_ROWS, chunk_of(slots[u])] + offset_of(slots[u]) * row_bytes
         first_values(keys[u], seeds[table], modes[table], parameters[table], row)
-        write_row(address, code, row)
+        write_row(address, code, row_address, dim)
         state = carray(as_float32(address + state_offset), (state_width,))
         state[:] = states[table]
 
 
 @kernel
 def _initial_rows(start, stop, keys, tables, seeds, modes, parameters, code, out):
-    rounded = np.empty(out.shape[1], np.float32)
+    dim = out.shape[1]
+    rounded = np.empty(dim, np.float32)  # room enough for any dtype
+    rounded_address = np.int64(rounded.ctypes.data)
     for i in range(start, stop):
         table = tables[i]
         first_values(keys[i], seeds[table], modes[table], parameters[table], out[i])
-        write_row(rounded.ctypes.data, code, out[i])
-        read_row(rounded.ctypes.data, code, out[i])
+        row_address = np.int64(out.ctypes.data) + i * dim * 4
+        write_row(rounded_address, code, row_address, dim)
+        read_row(rounded_address, code, row_address, dim)
 
 
 def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch.Tensor, init: InitializerView) -> None:

@@ -9,7 +9,15 @@ import torch
 
 from dynamicemb.kernels.hashing.cpu import bucket_of, digest_of, mix, place_of, slot_handle
 from dynamicemb.kernels.layout import MAX_CHUNKS, NO_SLOT
-from dynamicemb.kernels.numba_support import as_int64, as_uint64, inline, kernel, parallel_for
+from dynamicemb.kernels.numba_support import (
+    PREFETCH_DISTANCE,
+    as_int64,
+    as_uint64,
+    inline,
+    kernel,
+    parallel_for,
+    prefetch,
+)
 from dynamicemb.kernels.views import AddressRow, GeometryColumn, GroupView, UniqueKeys
 
 _DIGESTS, _KEYS, _SCORES = np.int64(AddressRow.DIGESTS), np.int64(AddressRow.KEYS), np.int64(AddressRow.SCORES)
@@ -54,9 +62,18 @@ def find_in_bucket(digests, keys, key, digest, capacity):
     return _NO_SLOT
 
 
+@inline
+def digest_line(addresses, geometry, capacity, world_size, key, table):
+    """Address of the digests of the bucket of ``key``."""
+    chunk, index = bucket_place(geometry, np.int64(table), mix(key), world_size)
+    return addresses[_DIGESTS, np.int64(table) * _MAX_CHUNKS + chunk] + index * capacity
+
+
 @kernel
 def _find(start, stop, addresses, geometry, capacity, world_size, keys, tables, scores, touch, accumulate, slots):
     for u in range(start, stop):
+        ahead = min(u + PREFETCH_DISTANCE, stop - 1)
+        prefetch(digest_line(addresses, geometry, capacity, world_size, keys[ahead], tables[ahead]), capacity)
         table = np.int64(tables[u])
         mixed = mix(keys[u])
         chunk, index = bucket_place(geometry, table, mixed, world_size)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
-from dynamicemb.kernels.numba_support import kernel, parallel_for
+from dynamicemb.kernels.numba_support import PREFETCH_DISTANCE, as_float32, kernel, parallel_for, prefetch
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, read_row
 from dynamicemb.kernels.views import AddressRow, GroupView
 
@@ -14,13 +14,19 @@ _ROWS = np.int64(AddressRow.ROWS)
 
 
 @kernel
-def _gather(start, stop, addresses, row_bytes, code, slots, inverse, out):
+def _gather(start, stop, addresses, row_bytes, used_bytes, code, slots, inverse, dim, out):
     for i in range(start, stop):
+        ahead = slots[inverse[min(i + PREFETCH_DISTANCE, stop - 1)]]
+        if ahead >= 0:
+            prefetch(addresses[_ROWS, chunk_of(ahead)] + offset_of(ahead) * row_bytes, used_bytes)
         slot = slots[inverse[i]]
+        target = out + i * dim * 4
         if slot < 0:
-            out[i, :] = np.float32(0)
+            values = as_float32(target)
+            for column in range(dim):
+                values[column] = np.float32(0)
         else:
-            read_row(addresses[_ROWS, chunk_of(slot)] + offset_of(slot) * row_bytes, code, out[i])
+            read_row(addresses[_ROWS, chunk_of(slot)] + offset_of(slot) * row_bytes, code, target, dim)
 
 
 def gather(view: GroupView, slots: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
@@ -28,6 +34,7 @@ def gather(view: GroupView, slots: torch.Tensor, inverse: torch.Tensor) -> torch
     out = torch.empty(inverse.numel(), layout.dim, dtype=torch.float32)
     parallel_for(
         _gather, inverse.numel(), view.addresses.numpy(), np.int64(layout.row_bytes),
-        DTYPE_CODES[layout.embedding_dtype], slots.numpy(), inverse.numpy(), out.numpy(),
+        np.int64(layout.dim * layout.embedding_dtype.itemsize), DTYPE_CODES[layout.embedding_dtype], slots.numpy(),
+        inverse.numpy(), np.int64(layout.dim), np.int64(out.data_ptr()),
     )  # fmt: skip
     return out

@@ -6,12 +6,18 @@ import math
 
 import numpy as np
 import torch
-from numba import carray
 
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
 from dynamicemb.kernels.layout import OptimizerKind
-from dynamicemb.kernels.numba_support import as_float32, inline, kernel, numpy_view, parallel_for
-from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, add_row, read_row, write_row
+from dynamicemb.kernels.numba_support import (
+    PREFETCH_DISTANCE,
+    as_float32,
+    inline,
+    kernel,
+    parallel_for,
+    prefetch,
+)
+from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, read_row, sum_rows, write_row
 from dynamicemb.kernels.update import HyperparameterColumn
 from dynamicemb.kernels.views import AddressRow, GroupView, UniqueKeys
 
@@ -23,81 +29,100 @@ _SGD, _ADAGRAD = np.int64(OptimizerKind.SGD), np.int64(OptimizerKind.ADAGRAD)
 _ROWWISE_ADAGRAD = np.int64(OptimizerKind.ROWWISE_ADAGRAD)
 
 
+# Rows, gradients and states are float32 pointers with ``dim`` values.
+
+
 @inline
-def _sgd(weights, gradient, rate):
-    for i in range(weights.size):
+def _sgd(weights, gradient, dim, rate):
+    for i in range(dim):
         weights[i] -= rate * gradient[i]
 
 
 @inline
-def _adagrad(weights, gradient, total, rate, eps):
-    for i in range(weights.size):
+def _adagrad(weights, gradient, dim, total, rate, eps):
+    for i in range(dim):
         total[i] += gradient[i] * gradient[i]
         weights[i] -= rate * gradient[i] / (math.sqrt(total[i]) + eps)
 
 
 @inline
-def _rowwise_adagrad(weights, gradient, total, rate, eps):
-    squares = np.float32(0)
-    for i in range(weights.size):
-        squares += gradient[i] * gradient[i]
-    total[0] += squares / np.float32(weights.size)
+def _sum_of_squares(values, dim):
+    """In four partial sums, so that additions do not wait for each other; ``dim`` is a multiple of 4."""
+    a = b = c = d = np.float32(0)
+    for i in range(0, dim, 4):
+        a += values[i] * values[i]
+        b += values[i + 1] * values[i + 1]
+        c += values[i + 2] * values[i + 2]
+        d += values[i + 3] * values[i + 3]
+    return (a + b) + (c + d)
+
+
+@inline
+def _rowwise_adagrad(weights, gradient, dim, total, rate, eps):
+    total[0] += _sum_of_squares(gradient, dim) / np.float32(dim)
     factor = rate / (math.sqrt(total[0]) + eps)
-    for i in range(weights.size):
+    for i in range(dim):
         weights[i] -= factor * gradient[i]
 
 
 @inline
-def _adam(weights, gradient, mean, square, numbers, step):
+def _adam(weights, gradient, dim, mean, square, numbers, step):
     rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
     beta1, beta2 = np.float32(numbers[_BETA1]), np.float32(numbers[_BETA2])
     new1, new2 = np.float32(1.0 - numbers[_BETA1]), np.float32(1.0 - numbers[_BETA2])
     correction1 = np.float32(1.0 - numbers[_BETA1] ** np.float64(step))
     correction2 = np.float32(1.0 - numbers[_BETA2] ** np.float64(step))
-    for i in range(weights.size):
+    for i in range(dim):
         mean[i] = beta1 * mean[i] + new1 * gradient[i]
         square[i] = beta2 * square[i] + new2 * gradient[i] * gradient[i]
         step_size = mean[i] / correction1 / (math.sqrt(square[i] / correction2) + eps)
         weights[i] -= rate * (step_size + decay * weights[i])
 
 
+@inline
+def _apply(kind, weights, gradient, dim, state, numbers, step):
+    rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
+    if kind <= _ROWWISE_ADAGRAD and decay != 0:
+        for i in range(dim):
+            gradient[i] += decay * weights[i]
+    if kind == _SGD:
+        _sgd(weights, gradient, dim, rate)
+    elif kind == _ADAGRAD:
+        _adagrad(weights, gradient, dim, as_float32(state), rate, eps)
+    elif kind == _ROWWISE_ADAGRAD:
+        _rowwise_adagrad(weights, gradient, dim, as_float32(state), rate, eps)
+    else:
+        _adam(weights, gradient, dim, as_float32(state), as_float32(state + dim * 4), numbers, step)
+
+
 @kernel
 def _update(
     start, stop, addresses, row_bytes, dim, code, state_offset, kind, tables, slots, order, offsets, gradients,
-    gradient_code, hyperparameters, steps,
+    gradient_bytes, gradient_code, hyperparameters, steps,
 ):  # fmt: skip
-    gradient = np.empty(dim, np.float32)
-    rounded = np.empty(dim, np.float32)
+    gradient_buffer, row_buffer = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    gradient, row = np.int64(gradient_buffer.ctypes.data), np.int64(row_buffer.ctypes.data)
     for u in range(start, stop):
+        ahead = min(u + PREFETCH_DISTANCE, stop - 1)
+        if slots[ahead] >= 0:
+            prefetch(addresses[_ROWS, chunk_of(slots[ahead])] + offset_of(slots[ahead]) * row_bytes, row_bytes)
+            prefetch(gradients + order[offsets[ahead]] * gradient_bytes, gradient_bytes)
         slot = slots[u]
         if slot < 0:
             continue
-        gradient[:] = np.float32(0)
-        for i in range(offsets[u], offsets[u + 1]):
-            add_row(gradients, order[i], gradient_code, gradient)
+        sum_rows(gradients, gradient_bytes, gradient_code, order, offsets[u], offsets[u + 1], gradient, dim)
         address = addresses[_ROWS, chunk_of(slot)] + offset_of(slot) * row_bytes
-        if code == FLOAT32:
-            weights = carray(as_float32(address), (dim,))
-        else:
-            read_row(address, code, rounded)
-            weights = rounded
-        state = address + state_offset
-        numbers = hyperparameters[tables[u]]
-        rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
-        if kind <= _ROWWISE_ADAGRAD and decay != 0:
-            for i in range(dim):
-                gradient[i] += decay * weights[i]
-        if kind == _SGD:
-            _sgd(weights, gradient, rate)
-        elif kind == _ADAGRAD:
-            _adagrad(weights, gradient, carray(as_float32(state), (dim,)), rate, eps)
-        elif kind == _ROWWISE_ADAGRAD:
-            _rowwise_adagrad(weights, gradient, carray(as_float32(state), (1,)), rate, eps)
-        else:
-            mean, square = carray(as_float32(state), (dim,)), carray(as_float32(state + dim * 4), (dim,))
-            _adam(weights, gradient, mean, square, numbers, steps[tables[u]])
+        weights = address
         if code != FLOAT32:
-            write_row(address, code, rounded)
+            weights = row
+            read_row(address, code, row, dim)
+        table = tables[u]
+        _apply(
+            kind, as_float32(weights), as_float32(gradient), dim, address + state_offset, hyperparameters[table],
+            steps[table],
+        )  # fmt: skip
+        if code != FLOAT32:
+            write_row(address, code, row, dim)
 
 
 def update(
@@ -110,8 +135,9 @@ def update(
 ) -> None:
     layout = view.layout
     parallel_for(
-        _update, slots.numel(), view.addresses.numpy(), np.int64(layout.row_bytes), layout.dim,
+        _update, slots.numel(), view.addresses.numpy(), np.int64(layout.row_bytes), np.int64(layout.dim),
         DTYPE_CODES[layout.embedding_dtype], np.int64(layout.state_offset_bytes), np.int64(layout.optimizer),
-        unique.tables.numpy(), slots.numpy(), unique.order.numpy(), unique.offsets.numpy(), numpy_view(gradients),
+        unique.tables.numpy(), slots.numpy(), unique.order.numpy(), unique.offsets.numpy(),
+        np.int64(gradients.data_ptr()), np.int64(layout.dim * gradients.itemsize),
         DTYPE_CODES[gradients.dtype], hyperparameters.numpy(), steps.numpy(),
     )  # fmt: skip
