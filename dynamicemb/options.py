@@ -146,7 +146,9 @@ class DynamicEmbTableOptions:
             num_embeddings divided by the number of ranks, rounded up.
         init_capacity: rows **on each rank** to allocate at first. None: max_capacity. A smaller table doubles whenever
             its load factor exceeds max_load_factor, until it reaches max_capacity.
-        max_load_factor: load (rows / slots) above which a table that may still grow does so; in (0, 1].
+        max_load_factor: load (rows / slots) above which a table that may still grow does so; in (0, 1]. Growth looks at
+            the table, not at single buckets: with buckets of 128 slots none is full at a load of 0.5, but with higher
+            loads or smaller buckets some are, and evict, before the table has reached its full size.
         global_hbm_for_values, local_hbm_for_values: accepted for compatibility, no effect: rows live on the device.
         evict_strategy: how scores are kept, and with it which row is evicted from a full bucket.
         bucket_capacity: slots per bucket, one of :data:`BUCKET_CAPACITIES`.

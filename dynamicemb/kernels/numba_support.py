@@ -20,8 +20,19 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
-    "PREFETCH_DISTANCE", "as_bytes", "as_float32", "as_int64", "as_uint16", "as_uint64", "copy_bytes", "inline",
-    "kernel", "mulhi64", "numpy_view", "parallel_for", "prefetch",
+    "PREFETCH_DISTANCE",
+    "as_bytes",
+    "as_float32",
+    "as_int64",
+    "as_uint16",
+    "as_uint64",
+    "copy_bytes",
+    "empty_rows",
+    "inline",
+    "kernel",
+    "mulhi64",
+    "parallel_for",
+    "prefetch",
 ]  # fmt: skip
 
 
@@ -54,6 +65,8 @@ inline = numba.njit(nogil=True, error_model="numpy", inline="never")
 
 #: Keys that a kernel looks ahead. One random access takes as long as the work on about this many rows.
 PREFETCH_DISTANCE = np.int64(8)
+
+_HUGE_PAGE_BYTES = 2 << 20
 
 # Ranges shorter than this run in the calling thread: handing one over costs about 20 microseconds.
 _MIN_ITEMS_PER_THREAD = 2048
@@ -97,11 +110,15 @@ def parallel_for(function: Callable[..., Any], total: int, *arguments: Any) -> N
         future.result()
 
 
-def numpy_view(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as an array; bfloat16, which NumPy lacks, and float16 as uint16."""
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        return tensor.detach().view(torch.uint16).numpy()
-    return tensor.detach().numpy()
+def empty_rows(rows: int, dim: int) -> torch.Tensor:
+    """float32 [rows, dim], undefined. Large ones begin where a huge page does, and NumPy asks the system for such
+    pages: with small ones, the page faults of a fresh result can take longer than filling it."""
+    num_bytes = rows * dim * 4
+    if num_bytes < 2 * _HUGE_PAGE_BYTES:
+        return torch.empty(rows, dim, dtype=torch.float32)
+    memory = np.empty(num_bytes + _HUGE_PAGE_BYTES, np.uint8)
+    first = -memory.ctypes.data % _HUGE_PAGE_BYTES
+    return torch.from_numpy(memory[first : first + num_bytes].view(np.float32).reshape(rows, dim))
 
 
 def _pointer_to(element: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Optional, Union
 
@@ -43,29 +45,48 @@ class TableStatistics:
     refused: int
 
 
-def _tables(model: nn.Module) -> Iterator[tuple[TableGroup, int, Optional[dist.ProcessGroup]]]:
-    """(group, index in the group, process group) of each dynamic table."""
-    for module in model.modules():
-        if isinstance(module, ShardedDynamicEmbeddingCollection) and (lookup := module.dynamic_lookup) is not None:
-            for group in lookup.groups:
-                for index in range(len(group.configs)):
-                    yield group, index, lookup.process_group
+@dataclass(frozen=True)
+class _Table:
+    """A dynamic table of a model: its place in its group, and the ranks that share it."""
+
+    name: str
+    group: TableGroup
+    index: int
+    process_group: Optional[dist.ProcessGroup]
+
+
+def _tables(model: nn.Module) -> list[_Table]:
+    """Every dynamic table. Names that several collections use are prefixed with the path of the collection."""
+    found = [
+        (path, _Table(config.name, group, index, lookup.process_group))
+        for path, module in model.named_modules()
+        if isinstance(module, ShardedDynamicEmbeddingCollection) and (lookup := module.dynamic_lookup) is not None
+        for group in lookup.groups
+        for index, config in enumerate(group.configs)
+    ]
+    uses = Counter(table.name for _, table in found)
+    return [
+        table if uses[table.name] == 1 else dataclasses.replace(table, name=f"{path}.{table.name}")
+        for path, table in found
+    ]
 
 
 def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
-    """Statistics of every dynamic table of ``model`` by name. All ranks call it together; it waits for the device."""
+    """Statistics of every dynamic table of ``model`` by name. All ranks call it together; it waits for the device.
+
+    A name that several collections use is prefixed with the path of the collection, here and in the functions below.
+    """
     result: dict[str, TableStatistics] = {}
-    for group, index, process_group in _tables(model):
-        counters, size = group.counters()[index], group.storage.geometries[index]
+    for table in _tables(model):
+        group, process_group = table.group, table.process_group
+        counters, size = group.counters()[table.index], group.storage.geometries[table.index]
         sizes = [counters.size, size.max_slots, size.slots]
         events = [counters.hits, counters.misses, counters.evicted, counters.refused]
         numbers = torch.tensor(sizes + events, device=group.device)
         if process_group is not None and process_group.size() > 1:
             dist.all_reduce(numbers, group=process_group)
         rows, capacity, slots, hits, misses, evicted, refused = numbers.tolist()
-        result[group.configs[index].name] = TableStatistics(
-            rows, capacity, slots, rows / capacity, hits, misses, evicted, refused
-        )
+        result[table.name] = TableStatistics(rows, capacity, slots, rows / capacity, hits, misses, evicted, refused)
     return result
 
 
@@ -80,9 +101,9 @@ def set_score(model: nn.Module, score: Union[int, Mapping[str, int]]) -> None:
         ConfigError: a name that is no table with strategy CUSTOMIZED, or a number beyond 64 bits. Nothing is changed.
     """
     customized = {
-        group.configs[index].name: (group, index)
-        for group, index, _ in _tables(model)
-        if group.evict_strategy is DynamicEmbEvictStrategy.CUSTOMIZED
+        table.name: table
+        for table in _tables(model)
+        if table.group.evict_strategy is DynamicEmbEvictStrategy.CUSTOMIZED
     }
     by_name = dict(score) if isinstance(score, Mapping) else dict.fromkeys(customized, score)
     for name, number in by_name.items():
@@ -93,8 +114,8 @@ def set_score(model: nn.Module, score: Union[int, Mapping[str, int]]) -> None:
         if not -(2**63) <= number < 2**63:
             raise ConfigError(f"table '{name}': score {number} does not fit in a signed 64-bit integer")
     for name, number in by_name.items():
-        group, index = customized[name]
-        group.custom_scores[index] = number
+        table = customized[name]
+        table.group.custom_scores[table.index] = number
 
 
 def get_score(model: nn.Module) -> dict[str, int]:
@@ -103,9 +124,10 @@ def get_score(model: nn.Module) -> dict[str, int]:
     Tables with strategy LFU have no such number and are left out. Waits for the device.
     """
     result = {}
-    for group, index, _ in _tables(model):
-        if group.evict_strategy is DynamicEmbEvictStrategy.LRU:
-            result[group.configs[index].name] = int(group.clock[index])
-        elif group.evict_strategy is DynamicEmbEvictStrategy.CUSTOMIZED:
-            result[group.configs[index].name] = int(group.custom_scores[index])
+    for table in _tables(model):
+        strategy = table.group.evict_strategy
+        if strategy is DynamicEmbEvictStrategy.LRU:
+            result[table.name] = int(table.group.clock[table.index])
+        elif strategy is DynamicEmbEvictStrategy.CUSTOMIZED:
+            result[table.name] = int(table.group.custom_scores[table.index])
     return result

@@ -141,3 +141,14 @@ def test_sums_of_nothing() -> None:
     unique = distinct([])
     assert segment_sum(torch.empty(0, 8), unique).shape == (0, 8)
     assert segment_sum(int64([]), unique).shape == (0,)
+
+
+@pytest.mark.parametrize("num_tables", [1, 3])
+@pytest.mark.parametrize("distinct_keys", [2, 40, 3000])
+def test_keys_whose_top_bits_are_equal(num_tables: int, distinct_keys: int) -> None:
+    """The sort looks at the top bits first; a batch in which they say nothing is in order all the same."""
+    generator = random.Random(distinct_keys)
+    top = generator.randrange(2**22) << 42
+    pool = [oracle.unmix64(top | generator.randrange(2**42)) for _ in range(distinct_keys)]
+    keys = generator.choices(pool, k=4000)
+    assert_dedup(keys, [generator.randrange(num_tables) for _ in keys], num_tables, 2)

@@ -1,8 +1,8 @@
 """One training run on several models side by side: dynamic tables, and what they must equal. Runs on every rank.
 
-Two collections, four dynamic tables in several groups, one static table between them, two features on one table, features
-in another order than the tables, one that no table uses, empty features, empty batches, ranks without samples, and a
-table so small that some ranks hold no row of it. The dynamic tables are fed 64-bit ids of both signs.
+Two collections, four dynamic tables in several groups, one static table between them, two features on one table,
+features in another order than the tables, one that no table uses, empty features, empty batches, ranks without samples,
+and a table so small that some ranks hold no row of it. The dynamic tables are fed 64-bit ids of both signs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], dict[st
         RowWiseAdagrad, {"eps": 1e-6}, {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "eps": 1e-6}
     ),
     "adam": (
-        # SparseAdam, the reference, does not correct eps for bias as Adam does; with this one the difference is nothing.
+        # SparseAdam, the reference, does not correct eps for bias as Adam does; here the difference is nothing.
         torch.optim.Adam, {"betas": (0.8, 0.99), "eps": 1e-10},
         {"optimizer": EmbOptimType.ADAM, "beta1": 0.8, "beta2": 0.99, "eps": 1e-10},
     ),

@@ -20,9 +20,21 @@ from dynamicemb.shard import DynamicEmbeddingCollectionSharder, table_statistics
 from tests import tolerances
 from tests.distributed import run_on_ranks
 from tests.shard.models import (
-    CPU, NORMAL, STATIC, ZEROS, collection, distribute, dynamic, evaluated, features_of, groups, one_sample, rows, table,
+    CPU,
+    NORMAL,
+    STATIC,
+    ZEROS,
+    collection,
+    distribute,
+    dynamic,
+    evaluated,
+    features_of,
+    groups,
+    one_sample,
+    rows,
+    table,
     train_step,
-)  # fmt: skip
+)
 
 ALL = {"item": torch.arange(60), "user": torch.arange(60), "country": torch.arange(60)}
 ADAGRAD = (RowWiseAdagrad, {"lr": 0.1, "eps": 1e-8})
@@ -79,6 +91,23 @@ def test_quantised_communication() -> None:
     for errors in run_on_ranks(2, quantised):
         for error in errors.values():
             assert 0.0 < error < tolerances.QUANTISED_ROW_ATOL
+
+
+def quantised_gradients(rank: int, world_size: int) -> list[float]:
+    """1 + 2**-12 is no float16 (in which torchrec sends gradients when bfloat16 is asked for and gloo used)."""
+    registry = get_qcomm_codecs_registry(
+        QCommsConfig(forward_precision=CommType.FP16, backward_precision=CommType.BF16), device=CPU
+    )
+    constraints = {"item": dynamic(initializer_args=ZEROS)}
+    sharder = DynamicEmbeddingCollectionSharder(qcomm_codecs_registry=registry)
+    model = distribute(collection(table("item")), constraints, (torch.optim.SGD, {"lr": 1.0}), sharder)
+    (rows(model, features_of({"item": [[5]]}))["item"] * (1 + 2.0**-12)).sum().backward()
+    # Not by evaluation, whose rows travel quantised as well.
+    return groups(model)[0].stored_rows(0).embeddings.unique().tolist()
+
+
+def test_gradients_are_quantised() -> None:
+    assert sorted(run_on_ranks(2, quantised_gradients)) == [[], [-1.0]]
 
 
 # ------------------------------------------------------------------------------------------- division

@@ -14,8 +14,17 @@ from dynamicemb.options import EMBEDDING_DTYPES
 from dynamicemb.shard import table_statistics
 from tests.distributed import run_on_ranks
 from tests.shard.models import (
-    NORMAL, collection, distribute, dynamic, evaluated, groups, one_sample, rows, table, train_step
-)  # fmt: skip
+    NORMAL,
+    collection,
+    distribute,
+    dynamic,
+    evaluated,
+    groups,
+    one_sample,
+    rows,
+    table,
+    train_step,
+)
 
 DIM = 8
 #: More than one owner's range at any world size, and the places where arithmetic on keys would go wrong.
@@ -77,7 +86,7 @@ def first_rows(rank: int, world_size: int, options: dict[str, dict[str, Any]]) -
     """What training reads for KEYS the first time; each rank brings them in another order."""
     model = model_of(options)
     order = torch.randperm(KEYS.numel(), generator=torch.Generator().manual_seed(rank))
-    output = train_step(model, one_sample({name: KEYS[order] for name in options}))
+    output = train_step(model, one_sample(dict.fromkeys(options, KEYS[order])))
     return {name: values[order.argsort()] for name, values in output.items()}
 
 

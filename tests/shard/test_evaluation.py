@@ -13,8 +13,18 @@ from dynamicemb import DynamicEmbEvictStrategy, DynamicEmbInitializerArgs, Dynam
 from dynamicemb.shard import get_score, table_statistics
 from tests.distributed import run_on_ranks
 from tests.shard.models import (
-    NORMAL, collection, distribute, dynamic, evaluated, features_of, groups, one_sample, rows, table, train_step
-)  # fmt: skip
+    NORMAL,
+    collection,
+    distribute,
+    dynamic,
+    evaluated,
+    features_of,
+    groups,
+    one_sample,
+    rows,
+    table,
+    train_step,
+)
 
 KNOWN, UNKNOWN = torch.arange(30), torch.arange(1000, 1030)
 CONSTANT = DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.CONSTANT, value=0.5)
@@ -58,7 +68,7 @@ def evaluate(rank: int, world_size: int) -> None:
     assert len(before) == len(after) and all(torch.equal(*pair) for pair in zip(before, after))
     assert table_statistics(model) == statistics and get_score(model) == score
     for values in output.values():
-        known, unknown, again = values.split(30)
+        known, _, again = values.split(30)
         assert torch.equal(known, again)
         assert not torch.equal(known, trained[0]["zeros"])
     assert not output["zeros"][30:60].any()

@@ -14,8 +14,18 @@ from dynamicemb import DynamicEmbEvictStrategy, DynamicEmbInitializerArgs, Dynam
 from dynamicemb.shard import set_score, table_statistics
 from tests.distributed import run_on_ranks
 from tests.shard.models import (
-    ZEROS, collection, distribute, dynamic, evaluated, features_of, groups, local_table, one_sample, rows, table
-)  # fmt: skip
+    ZEROS,
+    collection,
+    distribute,
+    dynamic,
+    evaluated,
+    features_of,
+    groups,
+    local_table,
+    one_sample,
+    rows,
+    table,
+)
 
 MODES = DynamicEmbInitializerMode
 
@@ -67,10 +77,11 @@ def train(model: nn.Module, names: list[str], rank: int) -> list[dict[str, torch
             for feature in (f"{name}_1", f"{name}_2"):
                 ids[feature] = (torch.rand(40, generator=generators[name]) ** 2 * 400).long()
         output = rows(model, one_sample(ids))
-        losses = []
-        for name in names:
-            for feature in (f"{name}_1", f"{name}_2"):
-                losses.append((output[feature] * torch.rand(output[feature].shape, generator=generators[name])).sum())
+        losses = [
+            (output[feature] * torch.rand(output[feature].shape, generator=generators[name])).sum()
+            for name in names
+            for feature in (f"{name}_1", f"{name}_2")
+        ]
         torch.stack(losses).sum().backward()
         seen.append({feature: values.detach().clone() for feature, values in output.items()})
     return seen

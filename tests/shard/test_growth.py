@@ -13,8 +13,17 @@ from dynamicemb import DynamicEmbEvictStrategy
 from dynamicemb.shard import table_statistics
 from tests.distributed import run_on_ranks
 from tests.shard.models import (
-    NORMAL, collection, distribute, dynamic, evaluated, groups, local_table, one_sample, rows, table
-)  # fmt: skip
+    NORMAL,
+    collection,
+    distribute,
+    dynamic,
+    evaluated,
+    groups,
+    local_table,
+    one_sample,
+    rows,
+    table,
+)
 
 STEPS = 15
 # Buckets wide enough that none is ever full, so that nothing is evicted and every row can be compared.

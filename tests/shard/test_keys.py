@@ -12,8 +12,19 @@ from dynamicemb import DynamicEmbEvictStrategy
 from dynamicemb.shard import table_statistics
 from tests.distributed import run_on_ranks
 from tests.shard.models import (
-    NORMAL, STATIC, ZEROS, collection, distribute, dynamic, evaluated, features_of, one_sample, rows, table, train_step
-)  # fmt: skip
+    NORMAL,
+    STATIC,
+    ZEROS,
+    collection,
+    distribute,
+    dynamic,
+    evaluated,
+    features_of,
+    one_sample,
+    rows,
+    table,
+    train_step,
+)
 
 EXTREMES = [-(2**63), -(2**63) + 1, -(2**31) - 1, -4, -3, -2, -1, 0, 1, 2**31, 2**32, 2**63 - 2, 2**63 - 1]
 RANDOM_KEYS = 10**6
@@ -32,10 +43,9 @@ def store_and_find(rank: int, world_size: int) -> None:
     model = distribute(collection(table("item", 1, 4)), {"item": dynamic(**options)}, SGD)
     keys = torch.cat([torch.tensor(EXTREMES), random_keys()])
     assert not evaluated(model, {"item": keys})["item"].any(), "nothing is there yet"
-    seen = []
     with torch.no_grad():
-        for part in keys.chunk(world_size)[rank].split(100_000):
-            seen.append(rows(model, one_sample({"item": part}))["item"])
+        parts = keys.chunk(world_size)[rank].split(100_000)
+        seen = [rows(model, one_sample({"item": part}))["item"] for part in parts]
     statistics = table_statistics(model)["item"]
     assert (statistics.size, statistics.refused, statistics.evicted) == (keys.numel(), 0, 0)
     # Each rank finds what the other one has stored.

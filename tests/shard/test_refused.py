@@ -14,8 +14,17 @@ from dynamicemb.shard import table_statistics
 from tests.distributed import run_on_ranks
 from tests.oracle import colliding_keys
 from tests.shard.models import (
-    NORMAL, ZEROS, collection, distribute, dynamic, evaluated, features_of, rows, table, train_step
-)  # fmt: skip
+    NORMAL,
+    ZEROS,
+    collection,
+    distribute,
+    dynamic,
+    evaluated,
+    features_of,
+    rows,
+    table,
+    train_step,
+)
 
 WORLD_SIZE, OWNER, BUCKET = 3, 1, 8
 #: Two more than the bucket of the rank that owns them holds; no other rank refuses anything.
@@ -105,9 +114,10 @@ def test_error_is_raised_on_every_rank() -> None:
 
 def error_and_warning(rank: int, world_size: int) -> tuple[str, list[str]]:
     model = build(DynamicEmbCheckMode.ERROR, DynamicEmbCheckMode.WARNING)
-    with warnings.catch_warnings(record=True) as caught, pytest.raises(CapacityError) as raised:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        step(model, rank, TOO_MANY, TOO_MANY)
+        with pytest.raises(CapacityError) as raised:
+            step(model, rank, TOO_MANY, TOO_MANY)
     return str(raised.value), [str(entry.message) for entry in caught if entry.category is DynamicEmbWarning]
 
 

@@ -14,8 +14,16 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from dynamicemb import DynamicEmbWarning
 from tests.distributed import run_on_ranks
 from tests.shard.models import (
-    STATIC, ZEROS, collection, distribute, dynamic, evaluated, features_of, table, train_step
-)  # fmt: skip
+    STATIC,
+    ZEROS,
+    collection,
+    distribute,
+    dynamic,
+    evaluated,
+    features_of,
+    table,
+    train_step,
+)
 
 IDS = {"item": torch.arange(4), "country": torch.arange(4), "user": torch.arange(4)}
 SGD = (torch.optim.SGD, {"lr": 1.0})
@@ -28,7 +36,7 @@ class Model(nn.Module):
         self.dense = nn.Linear(8, 1)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, Any]:
-        return {name: jagged for name, jagged in self.embeddings(features).items()}
+        return dict(self.embeddings(features).items())
 
 
 def build(plain: bool = False, all_dynamic: bool = False) -> nn.Module:
@@ -73,7 +81,7 @@ def test_no_tensor_stands_for_a_dynamic_table() -> None:
 
 
 def load_static_state(rank: int, world_size: int) -> None:
-    """Rows of a static table belong to positions, those of a dynamic one to ids: they are not loaded, and that is said."""
+    """Rows of a static table belong to positions, not to ids: they are not loaded, and that is said."""
     plain = build(plain=True)
     train_step(plain, features_of({name: [[1, 2, 3]] for name in IDS}))
     state = plain.state_dict()

@@ -1,7 +1,7 @@
 """What a group of tables must do, in dictionaries: the oracle's tables and the values of their rows.
 
-The first value of a row is ``key mod 100000``; the optimizer is SGD with learning rate 1 and gradients are whole numbers,
-so that every value is exact.
+The first value of a row is ``key mod 100000``; the optimizer is SGD with learning rate 1 and gradients are whole
+numbers, so that every value is exact.
 """
 
 from __future__ import annotations

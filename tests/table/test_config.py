@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from dynamicemb import (
-    DynamicEmbCheckMode, DynamicEmbEvictStrategy, DynamicEmbInitializerArgs, DynamicEmbInitializerMode,
+    DynamicEmbCheckMode,
+    DynamicEmbEvictStrategy,
+    DynamicEmbInitializerArgs,
+    DynamicEmbInitializerMode,
     DynamicEmbTableOptions,
-)  # fmt: skip
+)
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.optimizers import OptimizerConfig

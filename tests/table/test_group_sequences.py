@@ -1,4 +1,4 @@
-"""Random sequences of everything that a group can be asked, against dictionaries: lookups, updates in any order, growth."""
+"""Random sequences of what a group can be asked, against dictionaries: lookups, updates in any order, growth."""
 
 from __future__ import annotations
 

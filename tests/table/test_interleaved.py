@@ -93,3 +93,26 @@ def test_gradients_of_any_layout() -> None:
     rows = train(group, [4, 5])
     rows.backward(torch.ones(1, 1).expand(2, 4))
     assert read(group, [4, 5]) == [-1.0, -1.0]
+
+
+def test_threads_change_nothing() -> None:
+    """Batches large enough to be divided among threads."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.rand(40_000, generator=generator) ** 2 * 30_000).long() for _ in range(3)]
+    gradients = torch.randn(40_000, 4, generator=generator)
+    stored = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            group = group_of(config(capacity=20_000, init_capacity=1_000, bucket_capacity=128, initializer=NORMAL))
+            for batch in batches:
+                train(group, batch.tolist()).backward(gradients)
+            stored.append((vars(group.stored_rows(0)), group.counters()))
+    finally:
+        torch.set_num_threads(threads)
+    first, counters = stored[0]
+    assert counters[0].evicted > 0
+    for other, other_counters in stored[1:]:
+        assert all(torch.equal(first[name], other[name]) for name in ("keys", "slots", "scores", "embeddings"))
+        assert counters == other_counters

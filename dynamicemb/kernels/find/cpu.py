@@ -7,10 +7,9 @@ from typing import Optional
 import numpy as np
 import torch
 
-from dynamicemb.kernels.hashing.cpu import bucket_of, digest_of, mix, place_of, slot_handle
-from dynamicemb.kernels.layout import MAX_CHUNKS, NO_SLOT
+from dynamicemb.kernels.hashing.cpu import bucket_of, digest_of, mix, place_of
+from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, NO_SLOT
 from dynamicemb.kernels.numba_support import (
-    PREFETCH_DISTANCE,
     as_int64,
     as_uint64,
     inline,
@@ -29,7 +28,10 @@ _MAX_BUCKETS, _SHIFT, _LEVELS = (
 _MAX_CHUNKS = np.int64(MAX_CHUNKS)
 _NO_SLOT = np.int64(NO_SLOT)
 _EVERY_BYTE, _LOW_7_BITS = np.uint64(0x0101010101010101), np.uint64(0x7F7F7F7F7F7F7F7F)
-_0, _1, _8 = np.uint64(0), np.uint64(1), np.uint64(8)
+_0, _8 = np.uint64(0), np.uint64(8)
+_CHUNK_SHIFT = np.int64(CHUNK_SHIFT)
+# Keys of a block: more than a core has memory accesses under way.
+_BLOCK = 32
 
 
 @inline
@@ -41,57 +43,59 @@ def bucket_place(geometry, table, mixed, world_size):
 
 
 @inline
-def find_in_bucket(digests, keys, key, digest, capacity):
-    """Slot of ``key`` in the bucket whose digests and keys begin at these addresses, or −1."""
+def first_match(digests, pattern, slot, capacity):
+    """First slot from ``slot`` on whose digest is that of ``pattern``, or −1; ``digests`` is the bucket's line."""
     words = as_uint64(digests)
-    keys_here = as_int64(keys)
-    pattern = np.uint64(digest) * _EVERY_BYTE
-    for word in range(capacity // 8):
-        difference = words[word] ^ pattern
-        # The high bit of each byte that is zero, exactly: no carry crosses a byte.
+    while slot < capacity:
+        difference = words[slot >> 3] ^ pattern
+        # The high bit of each byte that is zero, exactly: no carry crosses a byte. Bytes before ``slot`` are left out.
         matches = ~(((difference & _LOW_7_BITS) + _LOW_7_BITS) | difference | _LOW_7_BITS)
-        slot = word * 8
-        while matches != _0:
+        matches >>= np.uint64((slot & 7) * 8)
+        if matches != _0:
             while matches & np.uint64(0x80) == _0:
                 matches >>= _8
                 slot += 1
-            if keys_here[slot] == key:
-                return np.int64(slot)
-            matches >>= _8
-            slot += 1
+            return np.int64(slot)
+        slot = (slot | 7) + 1
     return _NO_SLOT
-
-
-@inline
-def digest_line(addresses, geometry, capacity, world_size, key, table):
-    """Address of the digests of the bucket of ``key``."""
-    chunk, index = bucket_place(geometry, np.int64(table), mix(key), world_size)
-    return addresses[_DIGESTS, np.int64(table) * _MAX_CHUNKS + chunk] + index * capacity
 
 
 @kernel
 def _find(start, stop, addresses, geometry, capacity, world_size, keys, tables, scores, touch, accumulate, slots):
-    for u in range(start, stop):
-        ahead = min(u + PREFETCH_DISTANCE, stop - 1)
-        prefetch(digest_line(addresses, geometry, capacity, world_size, keys[ahead], tables[ahead]), capacity)
-        table = np.int64(tables[u])
-        mixed = mix(keys[u])
-        chunk, index = bucket_place(geometry, table, mixed, world_size)
-        at = table * _MAX_CHUNKS + chunk
-        first = index * capacity
-        slot = find_in_bucket(
-            addresses[_DIGESTS, at] + first, addresses[_KEYS, at] + first * 8, keys[u], digest_of(mixed), capacity
-        )
-        if slot == _NO_SLOT:
-            slots[u] = _NO_SLOT
-            continue
-        slots[u] = slot_handle(table, chunk, first + slot)
-        if touch:
-            stored = as_int64(addresses[_SCORES, at])
-            if accumulate:
-                stored[first + slot] += scores[u]
-            else:
-                stored[first + slot] = scores[u]
+    """In blocks, and each block in three rounds, so that a round's random accesses are under way all at once."""
+    chunks, firsts = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.int64)
+    candidates, patterns = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.uint64)
+    for block in range(start, stop, _BLOCK):
+        size = min(_BLOCK, stop - block)
+        for i in range(size):
+            mixed, table = mix(keys[block + i]), np.int64(tables[block + i])
+            chunk, index = bucket_place(geometry, table, mixed, world_size)
+            chunks[i], firsts[i] = table * _MAX_CHUNKS + chunk, index * capacity
+            patterns[i] = np.uint64(digest_of(mixed)) * _EVERY_BYTE
+            prefetch(addresses[_DIGESTS, chunks[i]] + firsts[i], capacity)
+        for i in range(size):
+            at = chunks[i]
+            slot = first_match(addresses[_DIGESTS, at] + firsts[i], patterns[i], np.int64(0), capacity)
+            candidates[i] = slot
+            if slot != _NO_SLOT:
+                prefetch(addresses[_KEYS, at] + (firsts[i] + slot) * 8, 8)
+                if touch:
+                    prefetch(addresses[_SCORES, at] + (firsts[i] + slot) * 8, 8)
+        for i in range(size):
+            at, slot, key = chunks[i], candidates[i], keys[block + i]
+            keys_here = as_int64(addresses[_KEYS, at] + firsts[i] * 8)
+            while slot != _NO_SLOT and keys_here[slot] != key:
+                slot = first_match(addresses[_DIGESTS, at] + firsts[i], patterns[i], slot + 1, capacity)
+            if slot == _NO_SLOT:
+                slots[block + i] = _NO_SLOT
+                continue
+            slots[block + i] = (at << _CHUNK_SHIFT) | (firsts[i] + slot)
+            if touch:
+                stored = as_int64(addresses[_SCORES, at] + firsts[i] * 8)
+                if accumulate:
+                    stored[slot] += scores[block + i]
+                else:
+                    stored[slot] = scores[block + i]
 
 
 def find(view: GroupView, unique: UniqueKeys, scores: Optional[torch.Tensor], accumulate: bool) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
-from dynamicemb.kernels.numba_support import PREFETCH_DISTANCE, as_float32, kernel, parallel_for, prefetch
+from dynamicemb.kernels.numba_support import PREFETCH_DISTANCE, as_float32, empty_rows, kernel, parallel_for, prefetch
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, read_row
 from dynamicemb.kernels.views import AddressRow, GroupView
 
@@ -31,7 +31,7 @@ def _gather(start, stop, addresses, row_bytes, used_bytes, code, slots, inverse,
 
 def gather(view: GroupView, slots: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     layout = view.layout
-    out = torch.empty(inverse.numel(), layout.dim, dtype=torch.float32)
+    out = empty_rows(inverse.numel(), layout.dim)
     parallel_for(
         _gather, inverse.numel(), view.addresses.numpy(), np.int64(layout.row_bytes),
         np.int64(layout.dim * layout.embedding_dtype.itemsize), DTYPE_CODES[layout.embedding_dtype], slots.numpy(),

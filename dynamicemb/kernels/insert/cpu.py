@@ -40,58 +40,71 @@ def _same_bucket(addresses, geometry, world_size, keys, tables, u, v):
     return chunk_u == chunk_v and index_u == index_v
 
 
+@inline
+def _insert_bucket(
+    first_key, last_key, addresses, geometry, capacity, world_size, keys, tables, scores, slots, status, touched,
+    evicted_keys, evicted_scores,
+):  # fmt: skip
+    """Places what is missing of the keys from ``first_key`` to ``last_key``, all that the batch has of one bucket."""
+    table = np.int64(tables[first_key])
+    chunk, index = bucket_place(geometry, table, mix(keys[first_key]), world_size)
+    at = table * _MAX_CHUNKS + chunk
+    first = index * capacity
+    digests = as_bytes(addresses[_DIGESTS, at] + first)
+    keys_here = as_int64(addresses[_KEYS, at] + first * 8)
+    scores_here = as_int64(addresses[_SCORES, at] + first * 8)
+    touched[:] = False
+    for v in range(first_key, last_key):
+        if slots[v] != _NO_SLOT:
+            touched[offset_of(slots[v]) - first] = True
+    for v in range(first_key, last_key):
+        if slots[v] != _NO_SLOT:
+            status[v] = _FOUND
+            continue
+        slot, empty = _free_slot(digests, scores_here, touched, capacity)
+        if slot == _NO_SLOT:
+            status[v] = _REFUSED
+            continue
+        if empty:
+            status[v] = _INSERTED
+        else:
+            status[v] = _REPLACED
+            evicted_keys[v] = keys_here[slot]
+            evicted_scores[v] = scores_here[slot]
+        touched[slot] = True
+        digests[slot] = digest_of(mix(keys[v]))
+        keys_here[slot] = keys[v]
+        scores_here[slot] = scores[v]
+        slots[v] = slot_handle(table, chunk, first + slot)
+
+
 @kernel
 def _insert(
     start, stop, addresses, geometry, capacity, world_size, keys, tables, scores, slots, status, evicted_keys,
     evicted_scores,
 ):  # fmt: skip
-    total = keys.size
     touched = np.empty(capacity, np.bool_)
-    # A bucket belongs to the range in which its first key lies.
-    while start > 0 and start < stop and _same_bucket(addresses, geometry, world_size, keys, tables, start - 1, start):
+    # A bucket belongs to the range in which its first key lies: whole buckets from here on.
+    while 0 < start < stop and _same_bucket(addresses, geometry, world_size, keys, tables, start - 1, start):
         start += 1
+    while start < stop < keys.size and _same_bucket(addresses, geometry, world_size, keys, tables, stop - 1, stop):
+        stop += 1
     u = start
     while u < stop:
-        end = u + 1
-        missing = slots[u] == _NO_SLOT
-        while end < total and _same_bucket(addresses, geometry, world_size, keys, tables, end - 1, end):
-            missing |= slots[end] == _NO_SLOT
-            end += 1
-        if not missing:
-            status[u:end] = _FOUND
-            u = end
+        if slots[u] != _NO_SLOT:  # nearly all, in steady state: their buckets are not even looked at
+            status[u] = _FOUND
+            u += 1
             continue
-        table = np.int64(tables[u])
-        chunk, index = bucket_place(geometry, table, mix(keys[u]), world_size)
-        at = table * _MAX_CHUNKS + chunk
-        first = index * capacity
-        digests = as_bytes(addresses[_DIGESTS, at] + first)
-        keys_here = as_int64(addresses[_KEYS, at] + first * 8)
-        scores_here = as_int64(addresses[_SCORES, at] + first * 8)
-        touched[:] = False
-        for v in range(u, end):
-            if slots[v] != _NO_SLOT:
-                touched[offset_of(slots[v]) - first] = True
-        for v in range(u, end):
-            if slots[v] != _NO_SLOT:
-                status[v] = _FOUND
-                continue
-            slot, empty = _free_slot(digests, scores_here, touched, capacity)
-            if slot == _NO_SLOT:
-                status[v] = _REFUSED
-                continue
-            if empty:
-                status[v] = _INSERTED
-            else:
-                status[v] = _REPLACED
-                evicted_keys[v] = keys_here[slot]
-                evicted_scores[v] = scores_here[slot]
-            touched[slot] = True
-            digests[slot] = digest_of(mix(keys[v]))
-            keys_here[slot] = keys[v]
-            scores_here[slot] = scores[v]
-            slots[v] = slot_handle(table, chunk, first + slot)
-        u = end
+        first, last = u, u + 1
+        while first > start and _same_bucket(addresses, geometry, world_size, keys, tables, first - 1, first):
+            first -= 1
+        while last < stop and _same_bucket(addresses, geometry, world_size, keys, tables, last - 1, last):
+            last += 1
+        _insert_bucket(
+            first, last, addresses, geometry, capacity, world_size, keys, tables, scores, slots, status, touched,
+            evicted_keys, evicted_scores,
+        )  # fmt: skip
+        u = last
 
 
 def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: torch.Tensor) -> Insertion:

@@ -1,0 +1,91 @@
+"""Index deduplication of torchrec's own tables on the CPU: alone, and in a model with every kind of sharding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dynamicemb import DynamicEmbInitializerArgs, DynamicEmbInitializerMode
+from dynamicemb.shard import DynamicEmbeddingCollectionSharder
+from dynamicemb.shard.static_dedup import dedup_static
+from tests.distributed import run_on_ranks
+from tests.shard.models import collection, distribute, dynamic, evaluated, features_of, rows, table
+
+DEBUG = DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.DEBUG)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_by_hand(dtype: torch.dtype) -> None:
+    """Two tables, the first with two features; equal ids of different tables are different."""
+    batch = {"a": [[5, 7], [5]], "b": [[], [7, 9, 5]], "c": [[5], [5]]}
+    features = features_of(batch, dtype)
+    unique, inverse = dedup_static(features, [2, 1])
+    assert unique.keys() == features.keys() and unique.stride() == 2
+    assert unique.values().dtype is dtype
+    assert unique.lengths().view(3, 2).tolist() == [[3, 0], [0, 0], [1, 0]]
+    first, second = unique.values()[:3], unique.values()[3:]
+    assert sorted(first.tolist()) == [5, 7, 9] and second.tolist() == [5]
+    assert torch.equal(unique.values()[inverse], features.values())
+    assert inverse[-2:].tolist() == [3, 3]
+
+
+def test_without_ids() -> None:
+    features = features_of({"a": [[], []], "b": [[], []]})
+    unique, inverse = dedup_static(features, [1, 1])
+    assert unique.lengths().tolist() == [0, 0, 0, 0] and inverse.numel() == 0
+
+
+STATIC_TABLES = {"wide": "row_wise", "city": "row_wise", "whole": "table_wise", "other": "table_wise"}
+
+
+def build(use_index_dedup: bool) -> nn.Module:
+    """Static and dynamic tables of two features each; a row is its id in every column."""
+    tables = [table(name, 64, 4, [f"{name}_1", f"{name}_2"]) for name in (*STATIC_TABLES, "item")]
+    constraints = {name: ParameterConstraints(sharding_types=[kind]) for name, kind in STATIC_TABLES.items()}
+    constraints["item"] = dynamic(initializer_args=DEBUG)
+    sharder = DynamicEmbeddingCollectionSharder(use_index_dedup=use_index_dedup)
+    model = distribute(collection(*tables), constraints, (torch.optim.SGD, {"lr": 1.0}), sharder)
+    for value in model.state_dict().values():
+        for shard in value.local_shards():
+            first = shard.metadata.shard_offsets[0]
+            shard.tensor.copy_(torch.arange(first, first + shard.tensor.shape[0]).view(-1, 1))
+    return model
+
+
+def make_batch(rank: int, step: int) -> KeyedJaggedTensor:
+    """A feature of each table is empty in one step, and every other batch of rank 1."""
+    generator = torch.Generator().manual_seed(10 * rank + step)
+    batch = {}
+    for name in (*STATIC_TABLES, "item"):
+        for place in (1, 2):
+            samples = torch.randint(0, 20, (3, 4), generator=generator).tolist()
+            empty = (place == 2 and step == 1) or (rank == 1 and step == 2)
+            batch[f"{name}_{place}"] = [[], [], []] if empty else [samples[0], [], samples[1] + samples[2]]
+    return features_of(batch)
+
+
+def train(rank: int, world_size: int) -> None:
+    models = [build(use_index_dedup) for use_index_dedup in (False, True)]
+    for step in range(4):
+        batch = make_batch(rank, step)
+        outputs = [rows(model, batch) for model in models]
+        for output in outputs:
+            # Times the number of ranks that gradients are divided by: all sums are of whole numbers, and exact.
+            (torch.stack([values.sum() for values in output.values()]).sum() * world_size).backward()
+        for feature, jagged in batch.to_dict().items():
+            assert torch.equal(*(output[feature] for output in outputs)), f"step {step}, {feature}"
+            if step == 0:
+                assert torch.equal(outputs[0][feature], jagged.values().view(-1, 1).expand(-1, 4).float()), feature
+    ids = dict.fromkeys(batch.keys(), torch.arange(20))
+    trained = [evaluated(model, ids) for model in models]
+    for feature, values in trained[0].items():
+        assert torch.equal(values, trained[1][feature])
+        assert (values != torch.arange(20).view(-1, 1)).any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_outputs_and_training_are_the_same_with_and_without(world_size: int) -> None:
+    run_on_ranks(world_size, train)
