@@ -98,7 +98,7 @@ def _next_result(results: Any, processes: Sequence[multiprocessing.process.BaseP
         try:
             rank, succeeded, result = results.get(timeout=1)
         except queue.Empty:
-            assert not dead, f"a rank died with exit code {dead[0]}"
+            assert not dead, f"ranks died with exit codes {dead}"
             continue
         assert succeeded, f"rank {rank} failed:\n{result}"
         return rank, result
