@@ -20,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 __all__ = [
+    "MIN_ITEMS_PER_THREAD",
     "PREFETCH_DISTANCE",
     "as_bytes",
     "as_float32",
@@ -68,8 +69,9 @@ PREFETCH_DISTANCE = np.int64(8)
 
 _HUGE_PAGE_BYTES = 2 << 20
 
-# Ranges shorter than this run in the calling thread: handing one over costs about 20 microseconds.
-_MIN_ITEMS_PER_THREAD = 2048
+#: Ranges shorter than this run in the calling thread: handing one over costs about 20 microseconds, and up to a
+#: millisecond after a step of torch's own, whose threads spin for a while before they sleep.
+MIN_ITEMS_PER_THREAD = 2048
 _pool: Optional[ThreadPoolExecutor] = None
 _pool_size = 0
 _pool_lock = threading.Lock()
@@ -93,10 +95,12 @@ def _forget_executor() -> None:
 os.register_at_fork(after_in_child=_forget_executor)
 
 
-def parallel_for(function: Callable[..., Any], total: int, *arguments: Any) -> None:
+def parallel_for(
+    function: Callable[..., Any], total: int, *arguments: Any, min_items: int = MIN_ITEMS_PER_THREAD
+) -> None:
     """Calls ``function(start, stop, *arguments)`` over ranges that cover ``[0, total)``, in ``torch.get_num_threads()``
-    threads. The result may not depend on where the ranges are cut."""
-    threads = max(1, min(torch.get_num_threads(), total // _MIN_ITEMS_PER_THREAD))
+    threads, each with at least ``min_items`` items. The result may not depend on where the ranges are cut."""
+    threads = max(1, min(torch.get_num_threads(), total // min_items))
     if threads == 1:
         function(0, total, *arguments)
         return

@@ -181,9 +181,9 @@ class TableGroup:
         return source.index_select(0, unique.tables)
 
     def _count(self, unique: UniqueKeys, status: torch.Tensor) -> None:
-        valid = torch.arange(status.numel(), device=self.device) < unique.count
-        cells = torch.where(valid, unique.tables.long() * len(KeyStatus) + status.long(), 0)
-        self._outcomes.view(-1).index_add_(0, cells, valid.long())
+        valid = torch.arange(status.numel(), dtype=torch.int32, device=self.device) < unique.count
+        cells = torch.add(status, unique.tables, alpha=len(KeyStatus))
+        self._outcomes.view(-1).index_add_(0, torch.where(valid, cells, 0), valid.long())
 
     def _grow_for(self, unique: UniqueKeys, batch_size: int) -> None:
         """Doubles tables until the rows they hold and the batch's new keys stay within max_load_factor.
