@@ -67,6 +67,8 @@ inline = numba.njit(nogil=True, error_model="numpy", inline="never")
 #: Keys that a kernel looks ahead. One random access takes as long as the work on about this many rows.
 PREFETCH_DISTANCE = np.int64(8)
 
+#: Several ranges for each thread, so that nobody waits long for one that was woken late or shares its core.
+_RANGES_PER_THREAD = 4
 _HUGE_PAGE_BYTES = 2 << 20
 
 #: Ranges shorter than this run in the calling thread: handing one over costs about 20 microseconds, and up to a
@@ -104,14 +106,20 @@ def parallel_for(
     if threads == 1:
         function(0, total, *arguments)
         return
-    cuts = [total * index // threads for index in range(threads + 1)]
+    ranges = threads * _RANGES_PER_THREAD
+    cuts = [total * index // ranges for index in range(ranges + 1)]
+    waiting = itertools.pairwise(cuts)  # threads take the next one each, which the interpreter lock makes safe
+
+    def work() -> None:
+        for start, stop in waiting:
+            function(start, stop, *arguments)
+
     pool = _executor(threads - 1)
-    pending: list[Future[Any]] = [
-        pool.submit(function, start, stop, *arguments) for start, stop in itertools.pairwise(cuts[1:])
-    ]
-    function(cuts[0], cuts[1], *arguments)
-    for future in pending:
-        future.result()
+    helpers: list[Future[None]] = [pool.submit(work) for _ in range(threads - 1)]
+    work()
+    for helper in helpers:
+        if not helper.cancel():  # one that has not even begun by now is not waited for
+            helper.result()
 
 
 def empty_rows(rows: int, dim: int) -> torch.Tensor:
