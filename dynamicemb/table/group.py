@@ -19,7 +19,7 @@ from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import NO_SLOT
-from dynamicemb.kernels.update import update
+from dynamicemb.kernels.update import HyperparameterColumn, update
 from dynamicemb.kernels.views import KeyStatus, UniqueKeys
 from dynamicemb.options import DynamicEmbEvictStrategy
 from dynamicemb.table.config import TableConfig
@@ -238,4 +238,4 @@ class TableGroup:
 
     def set_learning_rate(self, table: int, learning_rate: float) -> None:
         """Takes effect with the next update."""
-        self.hyperparameters[table, 0] = learning_rate
+        self.hyperparameters[table, HyperparameterColumn.LEARNING_RATE] = learning_rate

@@ -22,11 +22,12 @@ from typing import Any
 
 from dynamicemb.errors import ConfigError
 from dynamicemb.kernels.layout import OptimizerKind
+from dynamicemb.kernels.update import HyperparameterColumn
 
 __all__ = ["HYPERPARAMETERS", "OptimizerConfig", "optimizer_from_fused_params"]
 
 #: Columns of the hyperparameter tensor (float64 [tables, len(HYPERPARAMETERS)]) that the update kernels read.
-HYPERPARAMETERS = ("learning_rate", "eps", "beta1", "beta2", "weight_decay")
+HYPERPARAMETERS = tuple(column.name.lower() for column in HyperparameterColumn)
 
 # Values of fbgemm's EmbOptimType, by which torchrec names optimizers.
 _KIND_BY_NAME = {

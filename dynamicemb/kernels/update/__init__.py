@@ -9,7 +9,7 @@ import torch
 from dynamicemb.kernels.engine import implementation
 from dynamicemb.kernels.views import GroupView, UniqueKeys
 
-__all__ = ["HyperparameterColumn", "update"]
+__all__ = ["HyperparameterColumn", "bias_corrections", "update"]
 
 
 class HyperparameterColumn(enum.IntEnum):
@@ -20,6 +20,20 @@ class HyperparameterColumn(enum.IntEnum):
     BETA1 = 2
     BETA2 = 3
     WEIGHT_DECAY = 4
+
+
+def bias_corrections(hyperparameters: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Adam's ``1 - beta ** t`` for both betas, once for each table and the same for both engines.
+
+    Args:
+        hyperparameters: float64 [T, 5].
+        steps: int64 [T].
+
+    Returns:
+        float32 [T, 2], computed in float64. Does not synchronise.
+    """
+    betas = hyperparameters[:, HyperparameterColumn.BETA1 : HyperparameterColumn.BETA2 + 1]
+    return (1.0 - betas ** steps.double()[:, None]).float()
 
 
 def update(

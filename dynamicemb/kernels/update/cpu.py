@@ -18,7 +18,7 @@ from dynamicemb.kernels.numba_support import (
     prefetch,
 )
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, read_row, sum_rows, write_row
-from dynamicemb.kernels.update import HyperparameterColumn
+from dynamicemb.kernels.update import HyperparameterColumn, bias_corrections
 from dynamicemb.kernels.views import AddressRow, GroupView, UniqueKeys
 
 _ROWS = np.int64(AddressRow.ROWS)
@@ -66,12 +66,11 @@ def _rowwise_adagrad(weights, gradient, dim, total, rate, eps):
 
 
 @inline
-def _adam(weights, gradient, dim, mean, square, numbers, step):
+def _adam(weights, gradient, dim, mean, square, numbers, corrections):
     rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
     beta1, beta2 = np.float32(numbers[_BETA1]), np.float32(numbers[_BETA2])
     new1, new2 = np.float32(1.0 - numbers[_BETA1]), np.float32(1.0 - numbers[_BETA2])
-    correction1 = np.float32(1.0 - numbers[_BETA1] ** np.float64(step))
-    correction2 = np.float32(1.0 - numbers[_BETA2] ** np.float64(step))
+    correction1, correction2 = corrections[0], corrections[1]
     for i in range(dim):
         mean[i] = beta1 * mean[i] + new1 * gradient[i]
         square[i] = beta2 * square[i] + new2 * gradient[i] * gradient[i]
@@ -80,7 +79,7 @@ def _adam(weights, gradient, dim, mean, square, numbers, step):
 
 
 @inline
-def _apply(kind, weights, gradient, dim, state, numbers, step):
+def _apply(kind, weights, gradient, dim, state, numbers, corrections):
     rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
     if kind <= _ROWWISE_ADAGRAD and decay != 0:
         for i in range(dim):
@@ -92,13 +91,13 @@ def _apply(kind, weights, gradient, dim, state, numbers, step):
     elif kind == _ROWWISE_ADAGRAD:
         _rowwise_adagrad(weights, gradient, dim, as_float32(state), rate, eps)
     else:
-        _adam(weights, gradient, dim, as_float32(state), as_float32(state + dim * 4), numbers, step)
+        _adam(weights, gradient, dim, as_float32(state), as_float32(state + dim * 4), numbers, corrections)
 
 
 @kernel
 def _update(
     start, stop, addresses, row_bytes, dim, code, state_offset, kind, tables, slots, order, offsets, gradients,
-    gradient_bytes, gradient_code, hyperparameters, steps,
+    gradient_bytes, gradient_code, hyperparameters, corrections,
 ):  # fmt: skip
     gradient_buffer, row_buffer = np.empty(dim, np.float32), np.empty(dim, np.float32)
     gradient, row = np.int64(gradient_buffer.ctypes.data), np.int64(row_buffer.ctypes.data)
@@ -119,7 +118,7 @@ def _update(
         table = tables[u]
         _apply(
             kind, as_float32(weights), as_float32(gradient), dim, address + state_offset, hyperparameters[table],
-            steps[table],
+            corrections[table],
         )  # fmt: skip
         if code != FLOAT32:
             write_row(address, code, row, dim)
@@ -139,5 +138,5 @@ def update(
         DTYPE_CODES[layout.embedding_dtype], np.int64(layout.state_offset_bytes), np.int64(layout.optimizer),
         unique.tables.numpy(), slots.numpy(), unique.order.numpy(), unique.offsets.numpy(),
         np.int64(gradients.data_ptr()), np.int64(layout.dim * gradients.itemsize),
-        DTYPE_CODES[gradients.dtype], hyperparameters.numpy(), steps.numpy(),
+        DTYPE_CODES[gradients.dtype], hyperparameters.numpy(), bias_corrections(hyperparameters, steps).numpy(),
     )  # fmt: skip

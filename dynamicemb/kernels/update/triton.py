@@ -26,7 +26,7 @@ from dynamicemb.kernels.triton_support import (
     state_pointers,
     write_row,
 )
-from dynamicemb.kernels.update import HyperparameterColumn
+from dynamicemb.kernels.update import HyperparameterColumn, bias_corrections
 from dynamicemb.kernels.views import GroupView, UniqueKeys
 
 _SGD = tl.constexpr(int(OptimizerKind.SGD))
@@ -107,12 +107,6 @@ def _update_kernel(
     write_row(rows, weights, mask, DTYPE)
 
 
-def _bias_corrections(hyperparameters: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """float32 [T, 2], ``1 - beta ** steps`` for both betas, in float64 before it is rounded."""
-    betas = hyperparameters[:, HyperparameterColumn.BETA1 : HyperparameterColumn.BETA2 + 1]
-    return (1.0 - betas ** steps.double()[:, None]).float()
-
-
 def update(
     view: GroupView,
     unique: UniqueKeys,
@@ -129,7 +123,7 @@ def update(
     hyperparameters = hyperparameters.contiguous()
     with cuda_device(slots):
         adam = layout.optimizer is OptimizerKind.ADAM
-        corrections = _bias_corrections(hyperparameters, steps) if adam else hyperparameters
+        corrections = bias_corrections(hyperparameters, steps) if adam else hyperparameters
         _update_kernel[(triton.cdiv(entries, rows),)](
             view.addresses, unique.count, unique.tables, slots, unique.order, unique.offsets, float_view(gradients),
             hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
