@@ -1,25 +1,22 @@
-"""Device functions and launch helpers that the Triton kernels share.
+"""Device functions that the Triton kernels share: hashes, slots and the arrays of metadata.
 
 Masked lanes: functions that read memory take ``mask`` and give harmless values (never an address) where it is False.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 import triton
 import triton.language as tl
 
 from dynamicemb.kernels.hashing import GOLDEN_GAMMA, MIX_FACTOR_1, MIX_FACTOR_2
+from dynamicemb.kernels.launch import POINTER_ALIGNMENT
 from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS
 from dynamicemb.kernels.views import AddressRow, GeometryColumn
 
 __all__ = [
-    "ADD_ROWS_REGISTERS", "DTYPE_CODES", "add_rows", "bucket_slot", "column_tile", "cuda_device", "digest_of",
-    "digest_pointers", "first_slot", "float_view", "key_pointers", "line_pointers", "mix", "owner_of", "read_row",
-    "rounded_to", "row_pointers", "row_tile", "row_warps", "score_pointers", "state_pointers", "word_pointers",
-    "write_row",
+    "address_of", "aligned", "bucket_slot", "digest_of", "digest_pointers", "first_slot", "key_pointers",
+    "line_pointers", "mix", "owner_of", "score_pointers",
 ]  # fmt: skip
 
 _GAMMA = tl.constexpr(GOLDEN_GAMMA)
@@ -35,17 +32,6 @@ _LEVELS = tl.constexpr(int(GeometryColumn.LEVELS))
 _DIGESTS = tl.constexpr(int(AddressRow.DIGESTS))
 _KEYS = tl.constexpr(int(AddressRow.KEYS))
 _SCORES = tl.constexpr(int(AddressRow.SCORES))
-_ROWS = tl.constexpr(int(AddressRow.ROWS))
-
-_FLOAT32 = tl.constexpr(0)
-_FLOAT16 = tl.constexpr(1)
-_BFLOAT16 = tl.constexpr(2)
-#: How kernels are told the dtype of a row. bfloat16 travels as bits: the interpreter's own conversion does not round.
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-#: Launch option of kernels that call :func:`add_rows`. Left to itself, ptxas aims at 40 registers and so at full
-#: occupancy, and issues one or two loads at a time; 96 registers hold 16 of them, as the SASS shows.
-ADD_ROWS_REGISTERS = 96
 
 
 @triton.jit
@@ -122,130 +108,9 @@ def score_pointers(addresses, chunks, slots, mask):
     return address_of(addresses, chunks, slots, mask, _SCORES, 8).to(tl.pointer_type(tl.int64))
 
 
-@triton.jit
-def row_pointers(addresses, chunks, slots, mask, ROW_BYTES: tl.constexpr, DTYPE: tl.constexpr):
-    """Where each row begins, as pointers to DTYPE; 16-byte aligned, as the layout promises."""
-    address = address_of(addresses, chunks, slots, mask, _ROWS, ROW_BYTES)
-    if DTYPE == _FLOAT32:
-        return tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16)
-    elif DTYPE == _FLOAT16:
-        return tl.multiple_of(address.to(tl.pointer_type(tl.float16)), 16)
-    else:
-        return tl.multiple_of(address.to(tl.pointer_type(tl.uint16)), 16)
-
-
-@triton.jit
-def state_pointers(addresses, chunks, slots, mask, ROW_BYTES: tl.constexpr, OFFSET: tl.constexpr):
-    """Where the optimizer state of each row begins, ``OFFSET`` bytes into it."""
-    # The offset is added to the pointer: Triton 3.9 moves it there, and would drop the alignment of the sum on the way.
-    return row_pointers(addresses, chunks, slots, mask, ROW_BYTES, _FLOAT32) + OFFSET // 4
-
-
-@triton.jit
-def word_pointers(addresses, chunks, slots, mask, ROW_BYTES: tl.constexpr):
-    """Where each row begins, as 32-bit words."""
-    address = address_of(addresses, chunks, slots, mask, _ROWS, ROW_BYTES)
-    return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
-
-
-@triton.jit
-def read_row(pointers, mask, DTYPE: tl.constexpr):
-    """float32 values of a row of DTYPE; 0 where masked."""
-    stored = tl.load(pointers, mask=mask, other=0)
-    if DTYPE == _BFLOAT16:
-        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return stored.to(tl.float32)
-
-
-@triton.jit
-def bfloat16_bits(values):
-    """float32 -> the bits of the nearest bfloat16, ties to even, as uint16; every NaN becomes the quiet one."""
-    bits = values.to(tl.uint32, bitcast=True)
-    rounded = ((bits.to(tl.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-    return tl.where(values != values, tl.full([], 0x7FC0, tl.uint16), rounded)
-
-
-@triton.jit
-def rounded_to(values, DTYPE: tl.constexpr):
-    """float32 values after a trip through DTYPE."""
-    if DTYPE == _BFLOAT16:
-        return (bfloat16_bits(values).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif DTYPE == _FLOAT16:
-        return values.to(tl.float16).to(tl.float32)
-    else:
-        return values
-
-
-@triton.jit
-def write_row(pointers, values, mask, DTYPE: tl.constexpr):
-    """Stores float32 values as a row of DTYPE, rounded to nearest even."""
-    if DTYPE == _BFLOAT16:
-        tl.store(pointers, bfloat16_bits(values), mask=mask)
-    elif DTYPE == _FLOAT16:
-        tl.store(pointers, values.to(tl.float16), mask=mask)
-    else:
-        tl.store(pointers, values, mask=mask)
-
-
-@triton.jit
-def add_rows(total, values, order, begins, ends, columns, DIM: tl.constexpr, DTYPE: tl.constexpr):
-    """``total`` [R, C] plus, one after the other, the rows ``values[order[begins:ends]]`` of ``DIM`` columns.
-
-    The order of additions is part of the contract, so a key's rows are added by one program. What overlaps are the
-    loads: 16 rows are in flight in the long loop and 4 in the short one, which is all that most keys run.
-    """
-    longest = tl.max(ends - begins, axis=0)
-    first = tl.zeros_like(longest)
-    while first + 16 <= longest:
-        total = add_some_rows(total, values, order, begins + first, ends, columns, DIM, DTYPE, 16)
-        first += 16
-    while first < longest:
-        total = add_some_rows(total, values, order, begins + first, ends, columns, DIM, DTYPE, 4)
-        first += 4
-    return total
-
-
-@triton.jit
-def add_some_rows(
-    total, values, order, begins, ends, columns, DIM: tl.constexpr, DTYPE: tl.constexpr, COUNT: tl.constexpr
-):  # fmt: skip
-    # All positions, then all rows, then the sums. Past its end a key reads its last row again, which costs a hit in the
-    # cache: masks would need one predicate register for each row in flight, and with seven of them loads line up.
-    last = tl.maximum(ends - 1, 0)
-    positions = ()
-    for step in tl.static_range(COUNT):
-        positions += (tl.load(order + tl.minimum(begins + step, last)),)  # type: ignore[assignment]
-    rows = ()
-    for step in tl.static_range(COUNT):
-        at = values + (positions[step] * DIM)[:, None] + columns[None, :]
-        rows += (read_row(at, (columns < DIM)[None, :], DTYPE),)  # type: ignore[assignment]
-    for step in tl.static_range(COUNT):
-        total = tl.where((begins + step < ends)[:, None], total + rows[step], total)
-    return total
-
-
-def float_view(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` as kernels take it: contiguous, and bfloat16 as its bits (uint16)."""
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` as kernels take it: contiguous, beginning where a launch wants it, and copied only if it must be."""
     tensor = tensor.contiguous()
-    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def column_tile(dim: int) -> int:
-    """Columns of a tile that holds rows of ``dim``: the next power of two."""
-    return 1 << (dim - 1).bit_length()
-
-
-def row_tile(dim: int, values_per_thread: int = 4) -> int:
-    """Rows of ``dim`` columns for one program: by default 16 bytes of float32 for each of 128 threads."""
-    return max(1, 128 * values_per_thread // column_tile(dim))
-
-
-def row_warps(dim: int, values_per_thread: int = 4) -> int:
-    """Warps of a program of :func:`row_tile` rows: more than four only where one row alone has more values."""
-    return max(4, column_tile(dim) // (32 * values_per_thread))
-
-
-def cuda_device(tensor: torch.Tensor) -> AbstractContextManager[None]:
-    """Makes the tensor's GPU the current one, where launches go; nothing for host tensors."""
-    return torch.cuda.device_of(tensor)
+    if tensor.is_meta or tensor.data_ptr() % POINTER_ALIGNMENT == 0:
+        return tensor
+    return tensor.clone()

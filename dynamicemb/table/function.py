@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 import torch
 
-from dynamicemb.kernels.dedup import segment_sum
+from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.views import UniqueKeys
 from dynamicemb.table.group import TableGroup
 

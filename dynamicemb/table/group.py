@@ -13,12 +13,13 @@ from typing import Optional
 
 import torch
 
-from dynamicemb.kernels.dedup import dedup, segment_sum
+from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.fill import fill, initial_rows
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import NO_SLOT
+from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.update import HyperparameterColumn, update
 from dynamicemb.kernels.views import KeyStatus, UniqueKeys
 from dynamicemb.options import DynamicEmbEvictStrategy

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from dynamicemb.kernels.launch import Launch as RawLaunch
+from dynamicemb.kernels.launch import intercepted
 
 __all__ = ["Launch", "Resources", "compiled", "recorded_launches", "resources"]
 
@@ -55,28 +57,21 @@ class Resources:
     local_bytes: int
 
 
-def _launch(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Launch:
-    values = dict(zip(kernel.arg_names, args))
-    values.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
-    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+def _launch(call: RawLaunch) -> Launch:
+    kernel = call.kernel
     signature, constants, aligned = {}, {}, []
-    for parameter in kernel.params:
-        value = values[parameter.name]
+    for parameter, value in zip(kernel.params, [*call.arguments, *call.constants.values()], strict=True):
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
+            constants[parameter.name] = call.constants[parameter.name]
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + _TYPE_NAMES[value.dtype]
             aligned.append(parameter.num)
         else:
-            assert isinstance(value, int) and not isinstance(value, bool), f"{kernel.__name__}: {parameter.name}"
+            assert type(value) is int and parameter.do_not_specialize, f"{kernel.__name__}: {parameter.name}"
             signature[parameter.name] = "i32"
-            if not parameter.do_not_specialize:
-                assert value != 1, f"{kernel.__name__}: {parameter.name}=1 would be compiled in as a constant"
-                aligned += [parameter.num] if value % 16 == 0 else []
-    return Launch(
-        kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), tuple(sorted(options.items()))
-    )
+    options = tuple(sorted(call.options._asdict().items()))
+    return Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
 
 
 @contextmanager
@@ -84,14 +79,13 @@ def recorded_launches() -> Iterator[list[Launch]]:
     """Collects the launches inside the block instead of running them; each distinct one once, in order."""
     launches: list[Launch] = []
 
-    def record(kernel: JITFunction, *args: Any, grid: tuple, warmup: bool, **kwargs: Any) -> None:
-        assert all(isinstance(size, int) and 0 < size < 2**31 for size in grid), f"{kernel.__name__}: grid {grid}"
-        launch = _launch(kernel, args, kwargs)
+    def record(call: RawLaunch) -> None:
+        assert 0 < call.programs < 2**31, f"{call.kernel.__name__}: {call.programs} programs"
+        launch = _launch(call)
         if launch not in launches:
             launches.append(launch)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", record)
+    with intercepted(record):
         yield launches
 
 

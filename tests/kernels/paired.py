@@ -8,12 +8,13 @@ from typing import Optional
 import numpy as np
 import torch
 
-from dynamicemb.kernels.dedup import dedup, segment_sum
+from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.fill import fill
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
+from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.update import update
 from dynamicemb.kernels.views import InitializerView, UniqueKeys
 from tests import oracle, oracle_values

@@ -18,13 +18,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.runtime.jit import JITFunction
 
 import dynamicemb.kernels
-from dynamicemb.kernels.dedup import dedup, segment_sum
+from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.fill import fill, initial_rows
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.hashing import mix64, owners
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import MAX_CHUNKS, OptimizerKind, RowLayout
+from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.split import split
 from dynamicemb.kernels.update import update
 from dynamicemb.kernels.views import GroupView, InitializerView, UniqueKeys

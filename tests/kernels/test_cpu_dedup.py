@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamicemb.kernels.dedup import dedup, segment_sum
+from dynamicemb.kernels.dedup import dedup
+from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.views import UniqueKeys
 from tests import oracle
 from tests.kernels.keys import EXTREME_KEYS, random_key

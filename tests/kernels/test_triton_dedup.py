@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynamicemb.kernels.dedup import dedup, segment_sum
+from dynamicemb.kernels.dedup import dedup
+from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.views import UniqueKeys
 from tests.kernels.group_state import assert_same_unique, both_engines
 from tests.kernels.keys import EXTREME_KEYS

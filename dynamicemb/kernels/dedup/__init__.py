@@ -7,7 +7,7 @@ import torch
 from dynamicemb.kernels.engine import implementation
 from dynamicemb.kernels.views import UniqueKeys
 
-__all__ = ["dedup", "segment_sum"]
+__all__ = ["dedup"]
 
 
 def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size: int) -> UniqueKeys:
@@ -23,16 +23,3 @@ def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size:
         :class:`~dynamicemb.kernels.views.UniqueKeys`. An empty batch gives no entries. Does not synchronise.
     """
     return implementation(__name__, keys.device).dedup(keys, tables, num_tables, world_size)
-
-
-def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
-    """Sums the rows that belong to each distinct key, in batch order, in float32 for floats and int64 for integers.
-
-    Args:
-        values: float32, float16 or bfloat16 [N, D], or int64 [N].
-        unique: of the same batch.
-
-    Returns:
-        float32 [U, D], or int64 [U]; entries past ``unique.count`` are undefined. Does not synchronise.
-    """
-    return implementation(__name__, values.device).segment_sum(values, unique)

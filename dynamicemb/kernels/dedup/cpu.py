@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from dynamicemb.kernels.hashing.cpu import mix
-from dynamicemb.kernels.numba_support import empty_rows, inline, kernel, mulhi64, parallel_for
-from dynamicemb.kernels.rows_cpu import DTYPE_CODES, sum_rows
+from dynamicemb.kernels.numba_support import inline, kernel, mulhi64, parallel_for
 from dynamicemb.kernels.views import UniqueKeys
 
 # 11 bits: the 2048 counters of a pass stay in the first-level cache.
@@ -157,22 +156,6 @@ def _compact(order, sorted_mixed, groups, keys, tables, unique_keys, unique_tabl
     return entries
 
 
-@kernel
-def _sum_rows(start, stop, values, value_bytes, code, order, offsets, dim, out):
-    for entry in range(start, stop):
-        target = out + entry * dim * 4
-        sum_rows(values, value_bytes, code, order, offsets[entry], offsets[entry + 1], target, dim)
-
-
-@kernel
-def _sum_integers(start, stop, values, order, offsets, out):
-    for entry in range(start, stop):
-        total = np.int64(0)
-        for i in range(offsets[entry], offsets[entry + 1]):
-            total += values[order[i]]
-        out[entry] = total
-
-
 class _Scratch(threading.local):
     """Memory that a thread's next batch uses again: fresh pages cost more than the sort of what is written to them."""
 
@@ -214,20 +197,3 @@ def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size:
     return UniqueKeys(
         unique_keys[:entries], unique_tables[:entries], inverse, order, offsets[: entries + 1], torch.tensor([entries])
     )
-
-
-def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
-    entries = unique.keys.numel()
-    order, offsets = unique.order.numpy(), unique.offsets.numpy()
-    if values.dtype == torch.int64:
-        totals = torch.empty(entries, dtype=torch.int64)
-        parallel_for(_sum_integers, entries, values.numpy(), order, offsets, totals.numpy())
-        return totals
-    values = values.contiguous()
-    dim = values.shape[1]
-    sums = empty_rows(entries, dim)
-    parallel_for(
-        _sum_rows, entries, np.int64(values.data_ptr()), np.int64(dim * values.itemsize), DTYPE_CODES[values.dtype],
-        order, offsets, np.int64(dim), np.int64(sums.data_ptr()),
-    )  # fmt: skip
-    return sums

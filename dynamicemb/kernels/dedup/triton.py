@@ -9,17 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from dynamicemb.kernels.launch import launch
 from dynamicemb.kernels.triton_support import (
-    ADD_ROWS_REGISTERS,
-    DTYPE_CODES,
-    add_rows,
-    column_tile,
-    cuda_device,
-    float_view,
+    aligned,
     mix,
     owner_of,
-    row_tile,
-    row_warps,
 )
 from dynamicemb.kernels.views import UniqueKeys
 
@@ -69,37 +63,6 @@ def _scatter_kernel(
     tl.store(count + tl.zeros_like(at), number, mask=last)
 
 
-@triton.jit
-def _sum_rows_kernel(
-    values, order, offsets, count, out, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    DTYPE: tl.constexpr,
-):  # fmt: skip
-    """One program for ROWS distinct keys; costs one round trip to memory for each 16 duplicates of the commonest."""
-    entries = tl.load(count)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if first >= entries:
-        return
-    entry = first + tl.arange(0, ROWS)
-    inside = entry < entries
-    columns = tl.arange(0, COLUMNS)
-    begins = tl.load(offsets + entry, mask=inside, other=0)
-    ends = tl.load(offsets + entry + 1, mask=inside, other=0)
-    total = add_rows(tl.zeros([ROWS, COLUMNS], tl.float32), values, order, begins, ends, columns, DIM, DTYPE)
-    mask = inside[:, None] & (columns < DIM)[None, :]
-    tl.store(out + (entry * DIM)[:, None] + columns[None, :], total, mask=mask)
-
-
-@triton.jit
-def _segment_difference_kernel(prefix, offsets, count, out, TILE: tl.constexpr):
-    entries = tl.load(count)
-    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = entry < entries
-    begin = tl.load(offsets + entry, mask=inside, other=0)
-    end = tl.load(offsets + entry + 1, mask=inside, other=0)
-    before = tl.load(prefix + begin - 1, mask=inside & (begin > 0), other=0)
-    tl.store(out + entry, tl.load(prefix + end - 1, mask=inside, other=0) - before, mask=inside)
-
-
 def _group_dtype(groups: int) -> torch.dtype:
     """Narrow: a radix sort takes one pass for each byte of its keys."""
     if groups <= 1 << 8:
@@ -111,8 +74,10 @@ def _sorted_positions(keys: torch.Tensor, tables: torch.Tensor, num_tables: int,
     """int64 [N], positions sorted stably by (owner, table, mixed key): by the mixed key, then by the rest."""
     mixed = torch.empty_like(keys)
     groups = torch.empty(keys.shape, dtype=_group_dtype(num_tables * world_size), device=keys.device)
-    grid = (triton.cdiv(keys.numel(), _TILE),)
-    _sort_keys_kernel[grid](keys, tables, mixed, groups, keys.numel(), num_tables, world_size, TILE=_TILE)
+    launch(
+        _sort_keys_kernel, triton.cdiv(keys.numel(), _TILE), keys, tables, mixed, groups, keys.numel(), num_tables,
+        world_size, TILE=_TILE,
+    )  # fmt: skip
     order = torch.sort(mixed, stable=True).indices
     if num_tables == 1:  # the owner is monotone in the mixed key
         return order
@@ -120,50 +85,20 @@ def _sorted_positions(keys: torch.Tensor, tables: torch.Tensor, num_tables: int,
 
 
 def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size: int) -> UniqueKeys:
-    keys, tables = keys.contiguous(), tables.contiguous()
+    keys, tables = aligned(keys), aligned(tables)
     n = keys.numel()
     unique_keys, unique_tables, inverse = torch.empty_like(keys), torch.zeros_like(tables), torch.empty_like(keys)
     offsets = torch.full((n + 1,), n, dtype=torch.int64, device=keys.device)
     count = torch.zeros(1, dtype=torch.int64, device=keys.device)
     if n == 0:
         return UniqueKeys(unique_keys, unique_tables, inverse, torch.empty_like(keys), offsets, count)
-    with cuda_device(keys):
-        order = _sorted_positions(keys, tables, num_tables, world_size)
-        heads = torch.empty(n, dtype=torch.int32, device=keys.device)
-        grid = (triton.cdiv(n, _TILE),)
-        _heads_kernel[grid](keys, tables, order, heads, n, TILE=_TILE)
-        numbers = torch.cumsum(heads, dim=0, dtype=torch.int64)
-        _scatter_kernel[grid](
-            keys, tables, order, numbers, unique_keys, unique_tables, inverse, offsets, count, n, TILE=_TILE
-        )
+    order = _sorted_positions(keys, tables, num_tables, world_size)
+    heads = torch.empty(n, dtype=torch.int32, device=keys.device)
+    programs = triton.cdiv(n, _TILE)
+    launch(_heads_kernel, programs, keys, tables, order, heads, n, TILE=_TILE)
+    numbers = torch.cumsum(heads, dim=0, dtype=torch.int64)
+    launch(
+        _scatter_kernel, programs, keys, tables, order, numbers, unique_keys, unique_tables, inverse, offsets, count,
+        n, TILE=_TILE,
+    )  # fmt: skip
     return UniqueKeys(unique_keys, unique_tables, inverse, order, offsets, count)
-
-
-def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
-    entries = unique.keys.numel()
-    if values.dtype == torch.int64:
-        return _segment_sum_integers(values, unique)
-    dim = values.shape[1]
-    out = torch.empty(entries, dim, dtype=torch.float32, device=values.device)
-    if entries and dim:
-        rows = row_tile(dim)
-        with cuda_device(values):
-            _sum_rows_kernel[(triton.cdiv(entries, rows),)](
-                float_view(values), unique.order, unique.offsets, unique.count, out,
-                DIM=dim, COLUMNS=column_tile(dim), ROWS=rows, DTYPE=DTYPE_CODES[values.dtype],
-                num_warps=row_warps(dim), maxnreg=ADD_ROWS_REGISTERS,
-            )  # fmt: skip
-    return out
-
-
-def _segment_sum_integers(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
-    """Differences of a prefix sum, exact modulo 2**64: no key's number of occurrences makes it slow."""
-    entries = unique.keys.numel()
-    out = torch.empty(entries, dtype=torch.int64, device=values.device)
-    if entries:
-        with cuda_device(values):
-            prefix = torch.cumsum(values[unique.order], dim=0)
-            _segment_difference_kernel[(triton.cdiv(entries, _TILE),)](
-                prefix, unique.offsets, unique.count, out, TILE=_TILE
-            )
-    return out

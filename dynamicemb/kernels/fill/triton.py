@@ -22,16 +22,19 @@ from dynamicemb.kernels.fill import (
     SQRT_HALF,
     FillMode,
 )
-from dynamicemb.kernels.triton_support import (
+from dynamicemb.kernels.launch import LaunchOptions, launch
+from dynamicemb.kernels.rows_triton import (
     DTYPE_CODES,
     column_tile,
-    cuda_device,
     rounded_to,
     row_pointers,
     row_tile,
     row_warps,
     state_pointers,
     write_row,
+)
+from dynamicemb.kernels.triton_support import (
+    aligned,
 )
 from dynamicemb.kernels.views import GroupView, InitializerView, KeyStatus, UniqueKeys
 
@@ -150,7 +153,7 @@ def _first_values(init_seeds, init_modes, init_parameters, keys, tables, mask, C
     return tl.where(modes == _DEBUG, remainder, values).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _fill_kernel(
     addresses, count, keys, tables, slots, status, init_seeds, init_modes, init_parameters, init_states, chunks,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, DTYPE: tl.constexpr,
@@ -194,35 +197,33 @@ def _initial_rows_kernel(
     tl.store(out + (at * DIM)[:, None] + columns[None, :], rounded_to(values, DTYPE), mask=mask)
 
 
+def _options(dim: int) -> LaunchOptions:
+    return LaunchOptions(row_warps(dim), _REGISTERS, enable_fp_fusion=False)
+
+
 def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch.Tensor, init: InitializerView) -> None:
     layout = view.layout
     entries = unique.keys.numel()
-    if entries == 0:
-        return
     rows = row_tile(layout.dim)
-    with cuda_device(slots):
-        _fill_kernel[(triton.cdiv(entries, rows),)](
-            view.addresses, unique.count, unique.keys, unique.tables, slots, status, init.seeds, init.modes,
-            init.parameters, init.states, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
-            ROWS=rows, ROW_BYTES=layout.row_bytes, DTYPE=DTYPE_CODES[layout.embedding_dtype],
-            STATE_OFFSET=layout.state_offset_bytes, STATE_WIDTH=layout.state_width,
-            STATE_COLUMNS=column_tile(max(layout.state_width, 1)), num_warps=row_warps(layout.dim),
-            maxnreg=_REGISTERS, enable_fp_fusion=False,
-        )  # fmt: skip
+    launch(
+        _fill_kernel, triton.cdiv(entries, rows), view.addresses, unique.count, unique.keys, unique.tables, slots,
+        status, init.seeds, init.modes, init.parameters, init.states, view.addresses.shape[1], DIM=layout.dim,
+        COLUMNS=column_tile(layout.dim), ROWS=rows, ROW_BYTES=layout.row_bytes,
+        DTYPE=DTYPE_CODES[layout.embedding_dtype], STATE_OFFSET=layout.state_offset_bytes,
+        STATE_WIDTH=layout.state_width, STATE_COLUMNS=column_tile(max(layout.state_width, 1)),
+        options=_options(layout.dim),
+    )  # fmt: skip
 
 
 def initial_rows(
     keys: torch.Tensor, tables: torch.Tensor, init: InitializerView, dim: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    keys, tables = keys.contiguous(), tables.contiguous()
     total = keys.numel()
     out = torch.empty(total, dim, dtype=torch.float32, device=keys.device)
-    if total:
-        rows = row_tile(dim)
-        with cuda_device(keys):
-            _initial_rows_kernel[(triton.cdiv(total, rows),)](
-                keys, tables, init.seeds, init.modes, init.parameters, out, total, DIM=dim, COLUMNS=column_tile(dim),
-                ROWS=rows, DTYPE=DTYPE_CODES[dtype], num_warps=row_warps(dim), maxnreg=_REGISTERS,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+    rows = row_tile(dim)
+    launch(
+        _initial_rows_kernel, triton.cdiv(total, rows), aligned(keys), aligned(tables), init.seeds, init.modes,
+        init.parameters, out, total, DIM=dim, COLUMNS=column_tile(dim), ROWS=rows, DTYPE=DTYPE_CODES[dtype],
+        options=_options(dim),
+    )  # fmt: skip
     return out

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
+from dynamicemb.kernels.launch import LaunchOptions, launch
 from dynamicemb.kernels.layout import NO_SLOT
 from dynamicemb.kernels.triton_support import (
+    aligned,
     bucket_slot,
-    cuda_device,
     digest_of,
     key_pointers,
     line_pointers,
@@ -28,10 +29,10 @@ _NO_SLOT = tl.constexpr(NO_SLOT)
 
 # 1024 digests for two warps: 16 bytes, one load, for each thread.
 _DIGESTS_PER_PROGRAM = 1024
-_WARPS = 2
+_OPTIONS = LaunchOptions(num_warps=2)
 
 
-@triton.jit(do_not_specialize=["world_size"])
+@triton.jit(do_not_specialize=["chunks", "world_size"])
 def _find_kernel(
     addresses, geometry, count, keys, tables, scores, slots, chunks, world_size, CAPACITY: tl.constexpr,
     TILE: tl.constexpr, TOUCH: tl.constexpr, ACCUMULATE: tl.constexpr,
@@ -65,13 +66,10 @@ def _find_kernel(
 def find(view: GroupView, unique: UniqueKeys, scores: Optional[torch.Tensor], accumulate: bool) -> torch.Tensor:
     entries = unique.keys.numel()
     slots = torch.empty_like(unique.keys)
-    if entries:
-        tile = max(1, _DIGESTS_PER_PROGRAM // view.bucket_capacity)
-        with cuda_device(slots):
-            _find_kernel[(triton.cdiv(entries, tile),)](
-                view.addresses, view.geometry, unique.count, unique.keys, unique.tables,
-                slots if scores is None else scores.contiguous(), slots, view.addresses.shape[1], view.world_size,
-                CAPACITY=view.bucket_capacity, TILE=tile, TOUCH=scores is not None, ACCUMULATE=accumulate,
-                num_warps=_WARPS,
-            )  # fmt: skip
+    tile = max(1, _DIGESTS_PER_PROGRAM // view.bucket_capacity)
+    launch(
+        _find_kernel, triton.cdiv(entries, tile), view.addresses, view.geometry, unique.count, unique.keys,
+        unique.tables, slots if scores is None else aligned(scores), slots, view.addresses.shape[1], view.world_size,
+        CAPACITY=view.bucket_capacity, TILE=tile, TOUCH=scores is not None, ACCUMULATE=accumulate, options=_OPTIONS,
+    )  # fmt: skip
     return slots

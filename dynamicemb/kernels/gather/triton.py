@@ -6,19 +6,22 @@ import torch
 import triton
 import triton.language as tl
 
-from dynamicemb.kernels.triton_support import (
+from dynamicemb.kernels.launch import LaunchOptions, launch
+from dynamicemb.kernels.rows_triton import (
     DTYPE_CODES,
     column_tile,
-    cuda_device,
     read_row,
     row_pointers,
     row_tile,
     row_warps,
 )
+from dynamicemb.kernels.triton_support import (
+    aligned,
+)
 from dynamicemb.kernels.views import GroupView
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "chunks"])
 def _gather_kernel(
     addresses, slots, inverse, out, total, chunks, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     ROW_BYTES: tl.constexpr, DTYPE: tl.constexpr,
@@ -38,13 +41,12 @@ def gather(view: GroupView, slots: torch.Tensor, inverse: torch.Tensor) -> torch
     layout = view.layout
     total = inverse.numel()
     out = torch.empty(total, layout.dim, dtype=torch.float32, device=view.device)
-    if total:
-        values_per_thread = 16 // layout.embedding_dtype.itemsize
-        rows = row_tile(layout.dim, values_per_thread)
-        with cuda_device(out):
-            _gather_kernel[(triton.cdiv(total, rows),)](
-                view.addresses, slots, inverse, out, total, view.addresses.shape[1], DIM=layout.dim,
-                COLUMNS=column_tile(layout.dim), ROWS=rows, ROW_BYTES=layout.row_bytes,
-                DTYPE=DTYPE_CODES[layout.embedding_dtype], num_warps=row_warps(layout.dim, values_per_thread),
-            )  # fmt: skip
+    values_per_thread = 16 // layout.embedding_dtype.itemsize
+    rows = row_tile(layout.dim, values_per_thread)
+    launch(
+        _gather_kernel, triton.cdiv(total, rows), view.addresses, aligned(slots), aligned(inverse), out, total,
+        view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim), ROWS=rows,
+        ROW_BYTES=layout.row_bytes, DTYPE=DTYPE_CODES[layout.embedding_dtype],
+        options=LaunchOptions(row_warps(layout.dim, values_per_thread)),
+    )  # fmt: skip
     return out

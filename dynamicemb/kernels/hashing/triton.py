@@ -6,7 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from dynamicemb.kernels.triton_support import cuda_device, mix, owner_of
+from dynamicemb.kernels.launch import launch
+from dynamicemb.kernels.triton_support import (
+    aligned,
+    mix,
+    owner_of,
+)
 
 _TILE = 1024
 
@@ -26,18 +31,14 @@ def _owner_kernel(keys, out, total, world_size, TILE: tl.constexpr):
 
 
 def mix64(keys: torch.Tensor) -> torch.Tensor:
-    keys = keys.contiguous()
+    keys = aligned(keys)
     out = torch.empty_like(keys)
-    if keys.numel():
-        with cuda_device(keys):
-            _mix_kernel[(triton.cdiv(keys.numel(), _TILE),)](keys, out, keys.numel(), TILE=_TILE)
+    launch(_mix_kernel, triton.cdiv(keys.numel(), _TILE), keys, out, keys.numel(), TILE=_TILE)
     return out
 
 
 def owners(keys: torch.Tensor, world_size: int) -> torch.Tensor:
-    keys = keys.contiguous()
+    keys = aligned(keys)
     out = torch.empty_like(keys)
-    if keys.numel():
-        with cuda_device(keys):
-            _owner_kernel[(triton.cdiv(keys.numel(), _TILE),)](keys, out, keys.numel(), world_size, TILE=_TILE)
+    launch(_owner_kernel, triton.cdiv(keys.numel(), _TILE), keys, out, keys.numel(), world_size, TILE=_TILE)
     return out

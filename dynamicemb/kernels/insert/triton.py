@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from dynamicemb.kernels.insert import Insertion
+from dynamicemb.kernels.launch import LaunchOptions, launch
 from dynamicemb.kernels.triton_support import (
+    aligned,
     bucket_slot,
-    cuda_device,
     digest_of,
     key_pointers,
     line_pointers,
@@ -31,7 +32,7 @@ _GREATEST_SCORE = tl.constexpr(2**63 - 1)
 
 # One warp: reductions stay in it, and what it reads it wrote itself.
 _TILE = 32
-_WARPS = 1
+_OPTIONS = LaunchOptions(num_warps=1)
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _buckets_of(keys, tables, geometry, entry, inside, world_size, CAPACITY: tl.
     return tl.where(inside, bucket_slot(geometry, mixed, table, world_size, inside, CAPACITY), -1)
 
 
-@triton.jit(do_not_specialize=["world_size"])
+@triton.jit(do_not_specialize=["chunks", "world_size"])
 def _insert_kernel(
     addresses, geometry, count, keys, tables, scores, slots, status, evicted_keys, evicted_scores, chunks, world_size,
     CAPACITY: tl.constexpr, TILE: tl.constexpr,
@@ -133,11 +134,9 @@ def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: tor
     entries = slots.numel()
     status = torch.empty(entries, dtype=torch.int8, device=slots.device)
     evicted_keys, evicted_scores = torch.empty_like(slots), torch.empty_like(slots)
-    if entries:
-        with cuda_device(slots):
-            _insert_kernel[(triton.cdiv(entries, _TILE),)](
-                view.addresses, view.geometry, unique.count, unique.keys, unique.tables, scores.contiguous(), slots,
-                status, evicted_keys, evicted_scores, view.addresses.shape[1], view.world_size,
-                CAPACITY=view.bucket_capacity, TILE=_TILE, num_warps=_WARPS,
-            )  # fmt: skip
+    launch(
+        _insert_kernel, triton.cdiv(entries, _TILE), view.addresses, view.geometry, unique.count, unique.keys,
+        unique.tables, aligned(scores), slots, status, evicted_keys, evicted_scores, view.addresses.shape[1],
+        view.world_size, CAPACITY=view.bucket_capacity, TILE=_TILE, options=_OPTIONS,
+    )  # fmt: skip
     return Insertion(status, evicted_keys, evicted_scores)

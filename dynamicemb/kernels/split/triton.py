@@ -5,15 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dynamicemb.kernels.launch import launch
+from dynamicemb.kernels.rows_triton import (
+    word_pointers,
+)
 from dynamicemb.kernels.triton_support import (
     bucket_slot,
-    cuda_device,
     digest_pointers,
     first_slot,
     key_pointers,
     mix,
     score_pointers,
-    word_pointers,
 )
 from dynamicemb.kernels.views import GeometryColumn, GroupView
 
@@ -25,7 +27,7 @@ _SLOTS = 8
 _WORDS = 128
 
 
-@triton.jit(do_not_specialize=["table", "world_size"])
+@triton.jit(do_not_specialize=["table", "chunks", "world_size"])
 def _split_kernel(
     addresses, geometry, table, chunks, world_size, CAPACITY: tl.constexpr, ROW_BYTES: tl.constexpr,
     SLOTS: tl.constexpr, WORDS: tl.constexpr,
@@ -58,8 +60,8 @@ def _split_kernel(
 
 
 def split(view: GroupView, table: int, buckets: int) -> None:
-    with cuda_device(view.addresses):
-        _split_kernel[(buckets * view.bucket_capacity // _SLOTS,)](
-            view.addresses, view.geometry, table, view.addresses.shape[1], view.world_size,
-            CAPACITY=view.bucket_capacity, ROW_BYTES=view.layout.row_bytes, SLOTS=_SLOTS, WORDS=_WORDS,
-        )  # fmt: skip
+    launch(
+        _split_kernel, buckets * view.bucket_capacity // _SLOTS, view.addresses, view.geometry, table,
+        view.addresses.shape[1], view.world_size, CAPACITY=view.bucket_capacity, ROW_BYTES=view.layout.row_bytes,
+        SLOTS=_SLOTS, WORDS=_WORDS,
+    )  # fmt: skip

@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from dynamicemb.kernels.launch import LaunchOptions, launch
 from dynamicemb.kernels.layout import OptimizerKind
-from dynamicemb.kernels.triton_support import (
+from dynamicemb.kernels.rows_triton import (
     ADD_ROWS_REGISTERS,
     DTYPE_CODES,
     add_rows,
     column_tile,
-    cuda_device,
     float_view,
     read_row,
     row_pointers,
@@ -47,7 +47,7 @@ def _hyperparameter(hyperparameters, table, mask, COLUMN: tl.constexpr):
     return tl.load(hyperparameters + table * _HYPERPARAMETERS + COLUMN, mask=mask, other=1.0)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _update_kernel(
     addresses, count, tables, slots, order, offsets, gradients, hyperparameters, corrections, chunks,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, STATE_OFFSET: tl.constexpr,
@@ -120,15 +120,13 @@ def update(
     if entries == 0:
         return
     rows = row_tile(layout.dim)
-    hyperparameters = hyperparameters.contiguous()
-    with cuda_device(slots):
-        adam = layout.optimizer is OptimizerKind.ADAM
-        corrections = bias_corrections(hyperparameters, steps) if adam else hyperparameters
-        _update_kernel[(triton.cdiv(entries, rows),)](
-            view.addresses, unique.count, unique.tables, slots, unique.order, unique.offsets, float_view(gradients),
-            hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
-            ROWS=rows, ROW_BYTES=layout.row_bytes, STATE_OFFSET=layout.state_offset_bytes,
-            OPTIMIZER=int(layout.optimizer), DTYPE=DTYPE_CODES[layout.embedding_dtype],
-            GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype], num_warps=row_warps(layout.dim), maxnreg=ADD_ROWS_REGISTERS,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    adam = layout.optimizer is OptimizerKind.ADAM
+    corrections = bias_corrections(hyperparameters, steps) if adam else hyperparameters
+    launch(
+        _update_kernel, triton.cdiv(entries, rows), view.addresses, unique.count, unique.tables, slots, unique.order,
+        unique.offsets, float_view(gradients), hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim,
+        COLUMNS=column_tile(layout.dim), ROWS=rows, ROW_BYTES=layout.row_bytes,
+        STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
+        DTYPE=DTYPE_CODES[layout.embedding_dtype], GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype],
+        options=LaunchOptions(row_warps(layout.dim), ADD_ROWS_REGISTERS, enable_fp_fusion=False),
+    )  # fmt: skip

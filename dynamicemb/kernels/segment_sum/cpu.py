@@ -1,0 +1,43 @@
+"""Sums of a key's rows on the CPU, keys shared out among threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dynamicemb.kernels.numba_support import empty_rows, kernel, parallel_for
+from dynamicemb.kernels.rows_cpu import DTYPE_CODES, sum_rows
+from dynamicemb.kernels.views import UniqueKeys
+
+
+@kernel
+def _sum_rows(start, stop, values, value_bytes, code, order, offsets, dim, out):
+    for entry in range(start, stop):
+        target = out + entry * dim * 4
+        sum_rows(values, value_bytes, code, order, offsets[entry], offsets[entry + 1], target, dim)
+
+
+@kernel
+def _sum_integers(start, stop, values, order, offsets, out):
+    for entry in range(start, stop):
+        total = np.int64(0)
+        for i in range(offsets[entry], offsets[entry + 1]):
+            total += values[order[i]]
+        out[entry] = total
+
+
+def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
+    entries = unique.keys.numel()
+    order, offsets = unique.order.numpy(), unique.offsets.numpy()
+    if values.dtype == torch.int64:
+        totals = torch.empty(entries, dtype=torch.int64)
+        parallel_for(_sum_integers, entries, values.numpy(), order, offsets, totals.numpy())
+        return totals
+    values = values.contiguous()
+    dim = values.shape[1]
+    sums = empty_rows(entries, dim)
+    parallel_for(
+        _sum_rows, entries, np.int64(values.data_ptr()), np.int64(dim * values.itemsize), DTYPE_CODES[values.dtype],
+        order, offsets, np.int64(dim), np.int64(sums.data_ptr()),
+    )  # fmt: skip
+    return sums
