@@ -10,7 +10,7 @@ import torch
 
 from dynamicemb.kernels.layout import RowLayout
 
-__all__ = ["AddressRow", "GeometryColumn", "GroupView", "InitializerView", "KeyStatus", "UniqueKeys"]
+__all__ = ["AddressRow", "GeometryColumn", "GroupView", "InitializerView", "KeyBatch", "KeyStatus", "UniqueKeys"]
 
 
 class AddressRow(enum.IntEnum):
@@ -65,6 +65,26 @@ class GroupView:
     @property
     def device(self) -> torch.device:
         return self.addresses.device
+
+
+@dataclass(frozen=True)
+class KeyBatch:
+    """A batch of keys as they came, equal ones among them.
+
+    Attributes:
+        keys: int64 [N].
+        tables: int32 [N], index of each key's table in the group.
+        count: int64 [1], the number N, on the device.
+    """
+
+    keys: torch.Tensor
+    tables: torch.Tensor
+    count: torch.Tensor
+
+    @staticmethod
+    def of(keys: torch.Tensor, tables: torch.Tensor) -> KeyBatch:
+        """Does not synchronise."""
+        return KeyBatch(keys, tables, torch.full((1,), keys.numel(), dtype=torch.int64, device=keys.device))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import NO_SLOT
 from dynamicemb.kernels.segment_sum import segment_sum
+from dynamicemb.kernels.tally import tally
 from dynamicemb.kernels.update import HyperparameterColumn, update
-from dynamicemb.kernels.views import KeyStatus, UniqueKeys
+from dynamicemb.kernels.views import KeyBatch, KeyStatus, UniqueKeys
 from dynamicemb.options import DynamicEmbEvictStrategy
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.initializers import initializer_view
@@ -129,7 +130,7 @@ class TableGroup:
         slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU)
         insertion = insert(self.storage.view, unique, slots, scores)
         fill(self.storage.view, unique, slots, insertion.status, self._initializer)
-        self._count(unique, insertion.status)
+        tally(unique, insertion.status, self._outcomes)
         self._generation += 1
         rows = gather(self.storage.view, slots, unique.inverse)
         return rows, TrainingLookup(unique, slots, self._generation)
@@ -144,15 +145,13 @@ class TableGroup:
         Returns:
             float32 [N, dim].
         """
-        unique = dedup(keys, tables, len(self.configs), self.world_size)
-        slots = find(self.storage.view, unique)
-        rows = gather(self.storage.view, slots, unique.inverse)
+        slots = find(self.storage.view, KeyBatch.of(keys, tables))
+        rows = gather(self.storage.view, slots)
         if self._missing_reads_as_zeros:
             return rows
         layout = self.storage.layout
         missing = initial_rows(keys, tables, self._eval_initializer, layout.dim, layout.embedding_dtype)
-        absent = slots.index_select(0, unique.inverse) == NO_SLOT
-        return torch.where(absent.unsqueeze(1), missing, rows)
+        return torch.where((slots == NO_SLOT).unsqueeze(1), missing, rows)
 
     def apply_gradients(self, lookup: TrainingLookup, gradients: torch.Tensor) -> None:
         """One optimizer step for every distinct key of a training lookup.
@@ -180,11 +179,6 @@ class TableGroup:
             return unique.offsets.diff() if counts is None else segment_sum(counts, unique)
         source = self.clock if self.evict_strategy is DynamicEmbEvictStrategy.LRU else self.custom_scores
         return source.index_select(0, unique.tables)
-
-    def _count(self, unique: UniqueKeys, status: torch.Tensor) -> None:
-        valid = torch.arange(status.numel(), dtype=torch.int32, device=self.device) < unique.count
-        cells = torch.add(status, unique.tables, alpha=len(KeyStatus))
-        self._outcomes.view(-1).index_add_(0, torch.where(valid, cells, 0), valid.long())
 
     def _grow_for(self, unique: UniqueKeys, batch_size: int) -> None:
         """Doubles tables until the rows they hold and the batch's new keys stay within max_load_factor.

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 
 from dynamicemb.kernels.engine import implementation
-from dynamicemb.kernels.views import GroupView, UniqueKeys
+from dynamicemb.kernels.views import GroupView, KeyBatch, UniqueKeys
 
 __all__ = ["find"]
 
 
 def find(
-    view: GroupView, unique: UniqueKeys, scores: Optional[torch.Tensor] = None, accumulate: bool = False
+    view: GroupView,
+    batch: Union[UniqueKeys, KeyBatch],
+    scores: Optional[torch.Tensor] = None,
+    accumulate: bool = False,
 ) -> torch.Tensor:
-    """Looks up distinct keys; with ``scores``, also sets the score of each key that is found.
+    """Looks up keys; with ``scores``, also sets the score of each key that is found.
 
     Args:
         view: the tables.
-        unique: distinct keys that this rank owns.
+        batch: keys that this rank owns, as :class:`UniqueKeys` where there are scores to set.
         scores: int64 [U], or None to change nothing at all.
         accumulate: add ``scores`` to the stored ones (LFU) instead of overwriting them (LRU, CUSTOMIZED).
 
     Returns:
-        int64 [U], slot handles, −1 where a key is absent; undefined past ``unique.count``. Does not synchronise.
+        int64 [U], slot handles, −1 where a key is absent; undefined past ``batch.count``. Does not synchronise.
     """
-    return implementation(__name__, view.device).find(view, unique, scores, accumulate)
+    return implementation(__name__, view.device).find(view, batch, scores, accumulate)

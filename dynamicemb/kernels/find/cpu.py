@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from dynamicemb.kernels.numba_support import (
     parallel_for,
     prefetch,
 )
-from dynamicemb.kernels.views import AddressRow, GeometryColumn, GroupView, UniqueKeys
+from dynamicemb.kernels.views import AddressRow, GeometryColumn, GroupView, KeyBatch, UniqueKeys
 
 _DIGESTS, _KEYS, _SCORES = np.int64(AddressRow.DIGESTS), np.int64(AddressRow.KEYS), np.int64(AddressRow.SCORES)
 _MAX_BUCKETS, _SHIFT, _LEVELS = (
@@ -98,12 +98,14 @@ def _find(start, stop, addresses, geometry, capacity, world_size, keys, tables, 
                     stored[slot] = scores[block + i]
 
 
-def find(view: GroupView, unique: UniqueKeys, scores: Optional[torch.Tensor], accumulate: bool) -> torch.Tensor:
-    slots = torch.empty_like(unique.keys)
-    given = unique.keys if scores is None else scores
+def find(
+    view: GroupView, batch: Union[UniqueKeys, KeyBatch], scores: Optional[torch.Tensor], accumulate: bool
+) -> torch.Tensor:
+    slots = torch.empty_like(batch.keys)
+    given = batch.keys if scores is None else scores
     parallel_for(
-        _find, unique.keys.numel(), view.addresses.numpy(), view.geometry.numpy(), np.int64(view.bucket_capacity),
-        np.uint64(view.world_size), unique.keys.numpy(), unique.tables.numpy(), given.numpy(), scores is not None,
+        _find, batch.keys.numel(), view.addresses.numpy(), view.geometry.numpy(), np.int64(view.bucket_capacity),
+        np.uint64(view.world_size), batch.keys.numpy(), batch.tables.numpy(), given.numpy(), scores is not None,
         accumulate, slots.numpy(),
     )  # fmt: skip
     return slots

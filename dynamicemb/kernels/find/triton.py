@@ -1,12 +1,15 @@
-"""Find on the GPU: each key's digest line as one vector, then the stored keys behind the digests that match.
+"""Find on the GPU: each key's digest line in pieces of 16, then the stored keys behind the digests that match.
 
-Two dependent round trips to memory for a key. A line of 128 digests gives about half a false match when it is full;
-loading every match at once costs less than a loop that loads them one by one, and needs no second pass.
+A warp looks for eight keys at once: 64 pieces, two for each lane. Everything is computed where it is needed, also what
+the pieces of a key have in common, so that no lane waits for what another one has; four digests are compared by one
+exclusive or and a test for zero bytes. Two dependent round trips to memory follow the address of the bucket: the line,
+and the key. A full line of 128 digests gives about half a false match, but rarely two in one piece, so the loop over
+a piece's matches seldom goes round twice.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import triton
@@ -18,58 +21,88 @@ from dynamicemb.kernels.triton_support import (
     aligned,
     bucket_slot,
     digest_of,
+    digest_pointers,
     key_pointers,
-    line_pointers,
     mix,
     score_pointers,
 )
-from dynamicemb.kernels.views import GroupView, UniqueKeys
+from dynamicemb.kernels.views import GroupView, KeyBatch, UniqueKeys
 
 _NO_SLOT = tl.constexpr(NO_SLOT)
 
-# 1024 digests for two warps: 16 bytes, one load, for each thread.
-_DIGESTS_PER_PROGRAM = 1024
-_OPTIONS = LaunchOptions(num_warps=2)
+# Digests of a piece at most.
+_PIECE = 16
+# Pieces of a program: two for each lane of its one warp.
+_PIECES_PER_PROGRAM = 64
+_OPTIONS = LaunchOptions(num_warps=1)
+
+
+@triton.jit
+def _zero_bytes(word):
+    """int32: bit ``i`` tells whether byte ``i`` of a uint32 is zero."""
+    # The high bit of each byte that is not zero, exactly: no carry crosses a byte. The product gathers the four bits.
+    others = ((word & 0x7F7F7F7F) + 0x7F7F7F7F) | word | 0x7F7F7F7F
+    return (((others ^ 0xFFFFFFFF) * 0x00204081) >> 28).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["chunks", "world_size"])
 def _find_kernel(
     addresses, geometry, count, keys, tables, scores, slots, chunks, world_size, CAPACITY: tl.constexpr,
-    TILE: tl.constexpr, TOUCH: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TILE: tl.constexpr, PIECE: tl.constexpr, TOUCH: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     entries = tl.load(count)
     first = tl.program_id(0).to(tl.int64) * TILE
     if first >= entries:
         return
-    entry = first + tl.arange(0, TILE)
-    inside = entry < entries
-    key = tl.load(keys + entry, mask=inside, other=0)
+    pieces = tl.zeros([TILE, 1], tl.int32) + tl.arange(0, CAPACITY // PIECE)[None, :]
+    place_in_batch = first + tl.arange(0, TILE)[:, None] + tl.zeros_like(pieces)
+    # Past the end the last key is looked up again, so that no load needs a mask. It also keeps the compiler from laying
+    # keys out for wide loads, which would cost three times what they save: every later step would move them back.
+    entry = tl.minimum(place_in_batch, entries - 1)
+    key = tl.load(keys + entry)
     mixed = mix(key)
-    bucket = bucket_slot(geometry, mixed, tl.load(tables + entry, mask=inside, other=0), world_size, inside, CAPACITY)
-    lanes = tl.arange(0, CAPACITY)
-    lines = line_pointers(addresses, chunks, bucket, inside, CAPACITY)
-    digests = tl.load(lines[:, None] + lanes[None, :], mask=inside[:, None], other=0)
-    matches = digests == digest_of(mixed)[:, None]  # a digest is never 0, so neither is a masked one a match
-    stored = key_pointers(addresses, chunks, bucket, inside)
-    matches &= tl.load(stored[:, None] + lanes[None, :], mask=matches, other=0) == key[:, None]
-    lane = tl.max(tl.where(matches, lanes[None, :], _NO_SLOT), axis=1)
-    found = lane >= 0
-    tl.store(slots + entry, tl.where(found, bucket + lane, _NO_SLOT), mask=inside)
+    everywhere = pieces >= 0
+    bucket = bucket_slot(geometry, mixed, tl.load(tables + entry), world_size, everywhere, CAPACITY)
+    line = digest_pointers(addresses, chunks, bucket, everywhere).to(tl.pointer_type(tl.uint64))
+    stored = key_pointers(addresses, chunks, bucket, everywhere) + pieces * PIECE
+    pattern = digest_of(mixed).to(tl.uint32) * 0x01010101
+    matches = tl.zeros_like(pieces)
+    for word in tl.static_range(PIECE // 8):
+        digests = tl.load(line + pieces * (PIECE // 8) + word)
+        matches |= _zero_bytes(digests.to(tl.uint32) ^ pattern) << (8 * word)
+        matches |= _zero_bytes((digests >> 32).to(tl.uint32) ^ pattern) << (8 * word + 4)
+    place = tl.full([TILE, CAPACITY // PIECE], _NO_SLOT, tl.int32)
+    while tl.max(tl.max(matches, axis=1), axis=0) > 0:
+        waiting = matches > 0
+        # The first match of each piece. A power of two is exact in float32, so its exponent is the place.
+        match = ((matches & -matches).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        hit = waiting & (tl.load(stored + match, mask=waiting, other=0) == key)
+        place = tl.where(hit, pieces * PIECE + match, place)
+        matches = tl.where(hit, 0, matches & (matches - 1))
+    place = tl.max(place, axis=1)[:, None] + tl.zeros_like(pieces)
+    found = place >= 0
+    speaker = (place_in_batch < entries) & (pieces == 0)
+    tl.store(slots + entry, tl.where(found, bucket + place, _NO_SLOT), mask=speaker)
     if TOUCH:
-        score = tl.load(scores + entry, mask=found, other=0)
-        touched = score_pointers(addresses, chunks, bucket + lane, found)
+        touches = speaker & found
+        score = tl.load(scores + entry, mask=touches, other=0)
+        touched = score_pointers(addresses, chunks, bucket + place, touches)
         if ACCUMULATE:
-            score += tl.load(touched, mask=found, other=0)
-        tl.store(touched, score, mask=found)
+            score += tl.load(touched, mask=touches, other=0)
+        tl.store(touched, score, mask=touches)
 
 
-def find(view: GroupView, unique: UniqueKeys, scores: Optional[torch.Tensor], accumulate: bool) -> torch.Tensor:
-    entries = unique.keys.numel()
-    slots = torch.empty_like(unique.keys)
-    tile = max(1, _DIGESTS_PER_PROGRAM // view.bucket_capacity)
+def find(
+    view: GroupView, batch: Union[UniqueKeys, KeyBatch], scores: Optional[torch.Tensor], accumulate: bool
+) -> torch.Tensor:
+    keys = aligned(batch.keys)
+    slots = torch.empty_like(keys)
+    piece = min(view.bucket_capacity, _PIECE)
+    tile = _PIECES_PER_PROGRAM * piece // view.bucket_capacity
     launch(
-        _find_kernel, triton.cdiv(entries, tile), view.addresses, view.geometry, unique.count, unique.keys,
-        unique.tables, slots if scores is None else aligned(scores), slots, view.addresses.shape[1], view.world_size,
-        CAPACITY=view.bucket_capacity, TILE=tile, TOUCH=scores is not None, ACCUMULATE=accumulate, options=_OPTIONS,
+        _find_kernel, triton.cdiv(keys.numel(), tile), view.addresses, view.geometry, batch.count, keys,
+        aligned(batch.tables), slots if scores is None else aligned(scores), slots, view.addresses.shape[1],
+        view.world_size, CAPACITY=view.bucket_capacity, TILE=tile, PIECE=piece,
+        TOUCH=scores is not None, ACCUMULATE=accumulate, options=_OPTIONS,
     )  # fmt: skip
     return slots

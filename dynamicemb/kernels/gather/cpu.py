@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import numpy as np
 import torch
 
@@ -29,8 +31,10 @@ def _gather(start, stop, addresses, row_bytes, used_bytes, code, slots, inverse,
             read_row(addresses[_ROWS, chunk_of(slot)] + offset_of(slot) * row_bytes, code, target, dim)
 
 
-def gather(view: GroupView, slots: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+def gather(view: GroupView, slots: torch.Tensor, inverse: Optional[torch.Tensor]) -> torch.Tensor:
     layout = view.layout
+    if inverse is None:
+        inverse = torch.arange(slots.numel())
     out = empty_rows(inverse.numel(), layout.dim)
     parallel_for(
         _gather, inverse.numel(), view.addresses.numpy(), np.int64(layout.row_bytes),

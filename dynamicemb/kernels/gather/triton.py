@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
@@ -20,15 +22,22 @@ from dynamicemb.kernels.triton_support import (
 )
 from dynamicemb.kernels.views import GroupView
 
+# Four loads of 128 bits under way in each thread: a row comes after two other round trips to memory (entry, slot), so
+# threads have rows under way a third of the time at best, and one SM needs about 30 KiB under way to be busy.
+_BYTES_PER_THREAD = 64
+
 
 @triton.jit(do_not_specialize=["total", "chunks"])
 def _gather_kernel(
     addresses, slots, inverse, out, total, chunks, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    ROW_BYTES: tl.constexpr, DTYPE: tl.constexpr,
+    ROW_BYTES: tl.constexpr, DTYPE: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = at < total
-    slot = tl.load(slots + tl.load(inverse + at, mask=inside, other=0), mask=inside, other=-1)
+    entry = at
+    if not DIRECT:
+        entry = tl.load(inverse + at, mask=inside, other=0)
+    slot = tl.load(slots + entry, mask=inside, other=-1)
     present = slot >= 0
     columns = tl.arange(0, COLUMNS)
     in_row = (columns < DIM)[None, :]
@@ -37,16 +46,18 @@ def _gather_kernel(
     tl.store(out + (at * DIM)[:, None] + columns[None, :], values, mask=inside[:, None] & in_row)
 
 
-def gather(view: GroupView, slots: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+def gather(view: GroupView, slots: torch.Tensor, inverse: Optional[torch.Tensor]) -> torch.Tensor:
     layout = view.layout
-    total = inverse.numel()
+    slots = aligned(slots)
+    entries = slots if inverse is None else aligned(inverse)
+    total = entries.numel()
     out = torch.empty(total, layout.dim, dtype=torch.float32, device=view.device)
-    values_per_thread = 16 // layout.embedding_dtype.itemsize
+    values_per_thread = _BYTES_PER_THREAD // layout.embedding_dtype.itemsize
     rows = row_tile(layout.dim, values_per_thread)
     launch(
-        _gather_kernel, triton.cdiv(total, rows), view.addresses, aligned(slots), aligned(inverse), out, total,
+        _gather_kernel, triton.cdiv(total, rows), view.addresses, slots, entries, out, total,
         view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim), ROWS=rows,
         ROW_BYTES=layout.row_bytes, DTYPE=DTYPE_CODES[layout.embedding_dtype],
-        options=LaunchOptions(row_warps(layout.dim, values_per_thread)),
+        DIRECT=inverse is None, options=LaunchOptions(row_warps(layout.dim, values_per_thread)),
     )  # fmt: skip
     return out
