@@ -7,6 +7,7 @@ tuple of it finds the compiled kernel, and pointers go to it as plain numbers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,10 +16,16 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from triton.runtime.jit import JITFunction
 
-__all__ = ["POINTER_ALIGNMENT", "Launch", "LaunchOptions", "intercepted", "launch"]
+__all__ = ["POINTER_ALIGNMENT", "Launch", "LaunchOptions", "intercepted", "launch", "resident_programs"]
 
 #: Bytes; what lets a thread move 128 bits at a time. Memory that torch allocates starts at multiples of 512.
 POINTER_ALIGNMENT = 16
+
+
+# What an SM holds at once, on every NVIDIA GPU since Ampere: 64 warps, in 32 programs.
+_WARPS_PER_SM, _PROGRAMS_PER_SM = 64, 32
+#: SMs where there are none: in Triton's interpreter, so that a program has several tiles in a test too.
+_INTERPRETED_SMS = 1
 
 
 class LaunchOptions(NamedTuple):
@@ -75,6 +82,24 @@ def intercepted(handler: Callable[[Launch], None]) -> Iterator[None]:
         yield
     finally:
         _handler = before
+
+
+@functools.cache
+def _sms(device_index: int) -> int:
+    return (
+        torch.cuda.get_device_properties(device_index).multi_processor_count if device_index >= 0 else _INTERPRETED_SMS
+    )
+
+
+def resident_programs(tiles: int, like: torch.Tensor, num_warps: int) -> int:
+    """Programs that share ``tiles`` tiles, of which only the device knows how many have anything in them.
+
+    A launch of a program for each tile would start, for a batch in which every id occurs three times, two empty
+    programs beside each busy one, and a start costs an SM about a microsecond of one of its places. So no more programs
+    start than the GPU of ``like`` holds at once, and each takes every so-many-th tile until there are none.
+    """
+    at_once = _sms(like.get_device()) * min(_PROGRAMS_PER_SM, _WARPS_PER_SM // num_warps)
+    return min(tiles, at_once)
 
 
 def launch(

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from dynamicemb.kernels import launch as module
-from dynamicemb.kernels.launch import Launch, LaunchOptions, intercepted, launch
+from dynamicemb.kernels.launch import Launch, LaunchOptions, intercepted, launch, resident_programs
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -110,3 +110,9 @@ def test_intercepted_launches(compiled: list[CompiledKernel]) -> None:
     with intercepted(Launch.run):
         launch(_copy_kernel, 4, torch.zeros(64), torch.zeros(64), 60, TILE=16, TWICE=True)
     assert len(compiled) == 1
+
+
+def test_no_more_programs_than_there_are_tiles_or_places() -> None:
+    like = torch.zeros(1)  # a host tensor stands for a GPU of one SM: 64 warps in 32 programs
+    assert [resident_programs(tiles, like, 1) for tiles in (0, 1, 31, 32, 1000)] == [0, 1, 31, 32, 32]
+    assert [resident_programs(1000, like, warps) for warps in (2, 4, 8)] == [32, 16, 8]

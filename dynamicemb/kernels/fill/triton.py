@@ -22,7 +22,7 @@ from dynamicemb.kernels.fill import (
     SQRT_HALF,
     FillMode,
 )
-from dynamicemb.kernels.launch import LaunchOptions, launch
+from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
 from dynamicemb.kernels.rows_triton import (
     DTYPE_CODES,
     column_tile,
@@ -63,9 +63,11 @@ _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_TO_54 = tl.constexpr(2.0**54)
 _LEAST_NORMAL = tl.constexpr(2.0**-1022)
 
-# Division and square root in float64 are subroutines with registers of their own. Left to itself, ptxas stops at 96
-# registers and puts two more in memory.
-_REGISTERS = 128
+# Division and square root in float64 are subroutines with registers of their own, and the loops need some more. With 128
+# some go to memory; with 168 none, and an SM still holds three programs.
+_REGISTERS = 168
+# Outcomes that a program reads at a time: most often none of them is new, and that is all that it does.
+_TILE = 128
 
 
 @triton.jit
@@ -153,33 +155,43 @@ def _first_values(init_seeds, init_modes, init_parameters, keys, tables, mask, C
     return tl.where(modes == _DEBUG, remainder, values).to(tl.float32)
 
 
+@triton.jit
+def _is_new(outcome):
+    return (outcome == _INSERTED) | (outcome == _REPLACED)
+
+
 @triton.jit(do_not_specialize=["chunks"])
 def _fill_kernel(
     addresses, count, keys, tables, slots, status, init_seeds, init_modes, init_parameters, init_states, chunks,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, DTYPE: tl.constexpr,
-    STATE_OFFSET: tl.constexpr, STATE_WIDTH: tl.constexpr, STATE_COLUMNS: tl.constexpr,
+    STATE_OFFSET: tl.constexpr, STATE_WIDTH: tl.constexpr, STATE_COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     entries = tl.load(count)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if first >= entries:
-        return
-    entry = first + tl.arange(0, ROWS)
-    outcome = tl.load(status + entry, mask=entry < entries, other=0)
-    new = (outcome == _INSERTED) | (outcome == _REPLACED)
-    if tl.max(new.to(tl.int32), axis=0) == 0:
-        return
-    key = tl.load(keys + entry, mask=new, other=0)
-    table = tl.load(tables + entry, mask=new, other=0)
-    slot = tl.load(slots + entry, mask=new, other=0)
-    values = _first_values(init_seeds, init_modes, init_parameters, key, table, new, COLUMNS)
-    columns = tl.arange(0, COLUMNS)
-    rows = row_pointers(addresses, chunks, slot, new, ROW_BYTES, DTYPE)
-    write_row(rows[:, None] + columns[None, :], values, new[:, None] & (columns < DIM)[None, :], DTYPE)
-    if STATE_WIDTH > 0:
-        columns = tl.arange(0, STATE_COLUMNS)
-        states = state_pointers(addresses, chunks, slot, new, ROW_BYTES, STATE_OFFSET)
-        begin = tl.load(init_states + table, mask=new, other=0.0)[:, None] + tl.zeros([1, STATE_COLUMNS], tl.float32)
-        tl.store(states[:, None] + columns[None, :], begin, mask=new[:, None] & (columns < STATE_WIDTH)[None, :])
+    tile = tl.program_id(0).to(tl.int64) * TILE
+    while tile < entries:
+        outcomes = tl.load(status + tile + tl.arange(0, TILE), mask=tile + tl.arange(0, TILE) < entries, other=0)
+        end = tl.where(tl.max(_is_new(outcomes).to(tl.int32), axis=0) > 0, tl.minimum(tile + TILE, entries), tile)
+        first = tile
+        while first < end:
+            entry = first + tl.arange(0, ROWS)
+            new = _is_new(tl.load(status + entry, mask=entry < entries, other=0))
+            if tl.max(new.to(tl.int32), axis=0) > 0:
+                key = tl.load(keys + entry, mask=new, other=0)
+                table = tl.load(tables + entry, mask=new, other=0)
+                slot = tl.load(slots + entry, mask=new, other=0)
+                values = _first_values(init_seeds, init_modes, init_parameters, key, table, new, COLUMNS)
+                columns = tl.arange(0, COLUMNS)
+                rows = row_pointers(addresses, chunks, slot, new, ROW_BYTES, DTYPE)
+                write_row(rows[:, None] + columns[None, :], values, new[:, None] & (columns < DIM)[None, :], DTYPE)
+                if STATE_WIDTH > 0:
+                    columns = tl.arange(0, STATE_COLUMNS)
+                    states = state_pointers(addresses, chunks, slot, new, ROW_BYTES, STATE_OFFSET)
+                    begin = tl.load(init_states + table, mask=new, other=0.0)[:, None]
+                    begin += tl.zeros([1, STATE_COLUMNS], tl.float32)
+                    mask = new[:, None] & (columns < STATE_WIDTH)[None, :]
+                    tl.store(states[:, None] + columns[None, :], begin, mask=mask)
+            first += ROWS
+        tile += tl.num_programs(0).to(tl.int64) * TILE
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -204,14 +216,16 @@ def _options(dim: int) -> LaunchOptions:
 def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch.Tensor, init: InitializerView) -> None:
     layout = view.layout
     entries = unique.keys.numel()
-    rows = row_tile(layout.dim)
+    rows, options = row_tile(layout.dim), _options(layout.dim)
+    tile = max(rows, _TILE)
+    programs = resident_programs(triton.cdiv(entries, tile), slots, options.num_warps)
     launch(
-        _fill_kernel, triton.cdiv(entries, rows), view.addresses, unique.count, unique.keys, unique.tables, slots,
+        _fill_kernel, programs, view.addresses, unique.count, unique.keys, unique.tables, slots,
         status, init.seeds, init.modes, init.parameters, init.states, view.addresses.shape[1], DIM=layout.dim,
         COLUMNS=column_tile(layout.dim), ROWS=rows, ROW_BYTES=layout.row_bytes,
         DTYPE=DTYPE_CODES[layout.embedding_dtype], STATE_OFFSET=layout.state_offset_bytes,
         STATE_WIDTH=layout.state_width, STATE_COLUMNS=column_tile(max(layout.state_width, 1)),
-        options=_options(layout.dim),
+        TILE=tile, options=options,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dynamicemb.kernels.launch import LaunchOptions, launch
+from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
 from dynamicemb.kernels.layout import NO_SLOT
 from dynamicemb.kernels.triton_support import (
     aligned,
@@ -51,45 +51,45 @@ def _find_kernel(
     TILE: tl.constexpr, PIECE: tl.constexpr, TOUCH: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     entries = tl.load(count)
-    first = tl.program_id(0).to(tl.int64) * TILE
-    if first >= entries:
-        return
     pieces = tl.zeros([TILE, 1], tl.int32) + tl.arange(0, CAPACITY // PIECE)[None, :]
-    place_in_batch = first + tl.arange(0, TILE)[:, None] + tl.zeros_like(pieces)
-    # Past the end the last key is looked up again, so that no load needs a mask. It also keeps the compiler from laying
-    # keys out for wide loads, which would cost three times what they save: every later step would move them back.
-    entry = tl.minimum(place_in_batch, entries - 1)
-    key = tl.load(keys + entry)
-    mixed = mix(key)
-    everywhere = pieces >= 0
-    bucket = bucket_slot(geometry, mixed, tl.load(tables + entry), world_size, everywhere, CAPACITY)
-    line = digest_pointers(addresses, chunks, bucket, everywhere).to(tl.pointer_type(tl.uint64))
-    stored = key_pointers(addresses, chunks, bucket, everywhere) + pieces * PIECE
-    pattern = digest_of(mixed).to(tl.uint32) * 0x01010101
-    matches = tl.zeros_like(pieces)
-    for word in tl.static_range(PIECE // 8):
-        digests = tl.load(line + pieces * (PIECE // 8) + word)
-        matches |= _zero_bytes(digests.to(tl.uint32) ^ pattern) << (8 * word)
-        matches |= _zero_bytes((digests >> 32).to(tl.uint32) ^ pattern) << (8 * word + 4)
-    place = tl.full([TILE, CAPACITY // PIECE], _NO_SLOT, tl.int32)
-    while tl.max(tl.max(matches, axis=1), axis=0) > 0:
-        waiting = matches > 0
-        # The first match of each piece. A power of two is exact in float32, so its exponent is the place.
-        match = ((matches & -matches).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        hit = waiting & (tl.load(stored + match, mask=waiting, other=0) == key)
-        place = tl.where(hit, pieces * PIECE + match, place)
-        matches = tl.where(hit, 0, matches & (matches - 1))
-    place = tl.max(place, axis=1)[:, None] + tl.zeros_like(pieces)
-    found = place >= 0
-    speaker = (place_in_batch < entries) & (pieces == 0)
-    tl.store(slots + entry, tl.where(found, bucket + place, _NO_SLOT), mask=speaker)
-    if TOUCH:
-        touches = speaker & found
-        score = tl.load(scores + entry, mask=touches, other=0)
-        touched = score_pointers(addresses, chunks, bucket + place, touches)
-        if ACCUMULATE:
-            score += tl.load(touched, mask=touches, other=0)
-        tl.store(touched, score, mask=touches)
+    first = tl.program_id(0).to(tl.int64) * TILE
+    while first < entries:
+        place_in_batch = first + tl.arange(0, TILE)[:, None] + tl.zeros_like(pieces)
+        # Past the end the last key is looked up again, so that no load needs a mask. It also keeps the compiler from
+        # laying keys out for wide loads, which would cost more than they save: every later step would move them back.
+        entry = tl.minimum(place_in_batch, entries - 1)
+        key = tl.load(keys + entry)
+        mixed = mix(key)
+        everywhere = pieces >= 0
+        bucket = bucket_slot(geometry, mixed, tl.load(tables + entry), world_size, everywhere, CAPACITY)
+        line = digest_pointers(addresses, chunks, bucket, everywhere).to(tl.pointer_type(tl.uint64))
+        stored = key_pointers(addresses, chunks, bucket, everywhere) + pieces * PIECE
+        pattern = digest_of(mixed).to(tl.uint32) * 0x01010101
+        matches = tl.zeros_like(pieces)
+        for word in tl.static_range(PIECE // 8):
+            digests = tl.load(line + pieces * (PIECE // 8) + word)
+            matches |= _zero_bytes(digests.to(tl.uint32) ^ pattern) << (8 * word)
+            matches |= _zero_bytes((digests >> 32).to(tl.uint32) ^ pattern) << (8 * word + 4)
+        place = tl.full([TILE, CAPACITY // PIECE], _NO_SLOT, tl.int32)
+        while tl.max(tl.max(matches, axis=1), axis=0) > 0:
+            waiting = matches > 0
+            # The first match of each piece. A power of two is exact in float32, so its exponent is the place.
+            match = ((matches & -matches).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+            hit = waiting & (tl.load(stored + match, mask=waiting, other=0) == key)
+            place = tl.where(hit, pieces * PIECE + match, place)
+            matches = tl.where(hit, 0, matches & (matches - 1))
+        place = tl.max(place, axis=1)[:, None] + tl.zeros_like(pieces)
+        found = place >= 0
+        speaker = (place_in_batch < entries) & (pieces == 0)
+        tl.store(slots + entry, tl.where(found, bucket + place, _NO_SLOT), mask=speaker)
+        if TOUCH:
+            touches = speaker & found
+            score = tl.load(scores + entry, mask=touches, other=0)
+            touched = score_pointers(addresses, chunks, bucket + place, touches)
+            if ACCUMULATE:
+                score += tl.load(touched, mask=touches, other=0)
+            tl.store(touched, score, mask=touches)
+        first += tl.num_programs(0).to(tl.int64) * TILE
 
 
 def find(
@@ -99,10 +99,11 @@ def find(
     slots = torch.empty_like(keys)
     piece = min(view.bucket_capacity, _PIECE)
     tile = _PIECES_PER_PROGRAM * piece // view.bucket_capacity
+    programs = resident_programs(triton.cdiv(keys.numel(), tile), keys, _OPTIONS.num_warps)
     launch(
-        _find_kernel, triton.cdiv(keys.numel(), tile), view.addresses, view.geometry, batch.count, keys,
-        aligned(batch.tables), slots if scores is None else aligned(scores), slots, view.addresses.shape[1],
-        view.world_size, CAPACITY=view.bucket_capacity, TILE=tile, PIECE=piece,
-        TOUCH=scores is not None, ACCUMULATE=accumulate, options=_OPTIONS,
+        _find_kernel, programs, view.addresses, view.geometry, batch.count, keys, aligned(batch.tables),
+        slots if scores is None else aligned(scores), slots, view.addresses.shape[1], view.world_size,
+        CAPACITY=view.bucket_capacity, TILE=tile, PIECE=piece, TOUCH=scores is not None, ACCUMULATE=accumulate,
+        options=_OPTIONS,
     )  # fmt: skip
     return slots
