@@ -63,8 +63,8 @@ _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_TO_54 = tl.constexpr(2.0**54)
 _LEAST_NORMAL = tl.constexpr(2.0**-1022)
 
-# Division and square root in float64 are subroutines with registers of their own, and the loops need some more. With 128
-# some go to memory; with 168 none, and an SM still holds three programs.
+# Division and square root in float64 are subroutines with registers of their own, and the loops need some more. With
+# 128 some go to memory; with 168 none, and an SM still holds three programs.
 _REGISTERS = 168
 # Outcomes that a program reads at a time: most often none of them is new, and that is all that it does.
 _TILE = 128
