@@ -14,7 +14,7 @@ def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size:
     """Sorts a batch by (owner, table, mixed key), stably, and finds its distinct keys.
 
     Args:
-        keys: int64 [N], any values.
+        keys: int64 [N], any values; N is at most 2**30.
         tables: int32 [N], from 0 to ``num_tables - 1``.
         num_tables: tables of the group; ``num_tables * world_size`` stays below 2**31.
         world_size: ranks that share the tables.

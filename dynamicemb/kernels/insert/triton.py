@@ -1,8 +1,18 @@
 """Insertion and eviction on the GPU. The keys of a bucket are neighbours in the batch; one program owns all of them.
 
-A program of one warp looks at 32 neighbouring keys and serves the buckets whose first key is among them, one bucket
-after the other. A bucket without misses costs one look at its keys' slots; each miss costs three reductions over the
-bucket's slots, held in registers. Nothing here is atomic: no other program reads or writes the same bucket.
+A program is one warp. It owns the buckets whose first key, the head, lies in a tile of the batch; the keys of the last
+one may run past it. If none is missing, one look at the slots is all. Otherwise the program goes over the tile in
+windows of a key for each lane, and takes the window's buckets that miss a key as rows of registers: 8 buckets of 128
+slots, or as many as have 1024 together. The digest lines of all rows are read at once, then the score lines of those
+that are full, and each round of a loop finds a slot for the next missing key of every row.
+
+32 lanes hold 64 slots, two each, so a row has ``COLUMNS = 64 // ROWS`` columns and ``STRIPES = CAPACITY // COLUMNS``
+stripes: slot ``stripe * COLUMNS + column``, and a load of 128 bits for each lane and stripe. Minima over stripes need
+no exchange between lanes, and those over columns few. Sets of slots are a bit for each stripe in an int32
+[ROWS, COLUMNS].
+
+No atomics: no other program reads or writes the bucket, or writes the entries of its keys. No barriers: nothing that
+this program wrote is read again. Slots that it filled are blocked, and what memory says about those is ignored.
 """
 
 from __future__ import annotations
@@ -12,11 +22,12 @@ import triton
 import triton.language as tl
 
 from dynamicemb.kernels.insert import Insertion
-from dynamicemb.kernels.launch import LaunchOptions, launch
+from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
 from dynamicemb.kernels.triton_support import (
     aligned,
     bucket_slot,
     digest_of,
+    digest_pointers,
     key_pointers,
     line_pointers,
     mix,
@@ -24,119 +35,276 @@ from dynamicemb.kernels.triton_support import (
 )
 from dynamicemb.kernels.views import GroupView, KeyStatus, UniqueKeys
 
-_FOUND = tl.constexpr(int(KeyStatus.FOUND))
 _INSERTED = tl.constexpr(int(KeyStatus.INSERTED))
 _REPLACED = tl.constexpr(int(KeyStatus.REPLACED))
 _REFUSED = tl.constexpr(int(KeyStatus.REFUSED))
 _GREATEST_SCORE = tl.constexpr(2**63 - 1)
 
-# One warp: reductions stay in it, and what it reads it wrote itself.
-_TILE = 32
-_OPTIONS = LaunchOptions(num_warps=1)
+#: Keys that a program looks at together: one for each lane.
+_WINDOW = tl.constexpr(32)
+#: Added to the place of a key that takes the slot of another.
+_EVICTS = tl.constexpr(512)
+
+# Entries that a program looks at: a tile and as many after it as a bucket has slots.
+_LOOK = 256
+_SLOTS_OF_ROWS = 1024
+# 64 of the registers hold scores. 128 leave 16 warps on an SM; below 96, for the next four, they would go to memory.
+_OPTIONS = LaunchOptions(num_warps=1, maxnreg=128)
 
 
 @triton.jit
-def _buckets_of(keys, tables, geometry, entry, inside, world_size, CAPACITY: tl.constexpr):
-    """Handle of the first slot of each entry's bucket, −1 outside."""
-    mixed = mix(tl.load(keys + entry, mask=inside, other=0))
-    table = tl.load(tables + entry, mask=inside, other=0)
+def _buckets_from(first, entries, keys, tables, geometry, world_size, CAPACITY: tl.constexpr):
+    """Handle of the first slot of the bucket of each key of the window from entry ``first``; −1 outside the batch."""
+    lanes = tl.arange(0, _WINDOW)
+    inside = (lanes >= tl.maximum(-first, 0).to(tl.int32)) & (lanes < tl.minimum(entries - first, _WINDOW).to(tl.int32))
+    mixed = mix(tl.load(keys + first + lanes, mask=inside, other=0))
+    table = tl.load(tables + first + lanes, mask=inside, other=0)
     return tl.where(inside, bucket_slot(geometry, mixed, table, world_size, inside, CAPACITY), -1)
+
+
+@triton.jit
+def _marks(row, slot, CAPACITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The bits of the slots of a window's keys, each in its row; none for keys of row −1. int32 [ROWS, COLUMNS]."""
+    place = (slot & (CAPACITY - 1)).to(tl.int32)
+    cell = row * COLUMNS + place % COLUMNS
+    bit = tl.full([_WINDOW], 1, tl.int32) << (place // COLUMNS)
+    cells = (tl.arange(0, ROWS) * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    return tl.sum(tl.where(cell[:, None, None] == cells[None, :, :], bit[:, None, None], 0), axis=0)
+
+
+@triton.jit
+def _marks_of_bucket(
+    bucket, first, entries, keys, tables, slots, geometry, world_size, CAPACITY: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """:func:`_marks` of all keys of one bucket, which begins at entry ``first``, in row 0."""
+    lanes = tl.arange(0, _WINDOW)
+    marks = tl.zeros([ROWS, COLUMNS], tl.int32)
+    members = _WINDOW
+    while members == _WINDOW:
+        member = _buckets_from(first, entries, keys, tables, geometry, world_size, CAPACITY) == bucket
+        slot = tl.load(slots + first + lanes, mask=member, other=-1)
+        marks += _marks(tl.where(slot >= 0, 0, -1), slot, CAPACITY, ROWS, COLUMNS)
+        members = tl.sum(member.to(tl.int32), axis=0)
+        first += _WINDOW
+    return marks
+
+
+@triton.jit
+def _has_empty(lines, mask, CAPACITY: tl.constexpr):
+    """Whether any of the digest lines has an empty slot: 1 or 0."""
+    lines = tl.multiple_of(lines.to(tl.pointer_type(tl.int32)), min(CAPACITY, 16))
+    words = tl.load(lines[:, None] + tl.arange(0, CAPACITY // 4)[None, :], mask=mask[:, None], other=-1)
+    # Not 0 exactly where one of the four bytes is: only a byte that is 0, or has a lower one that is, borrows.
+    zero_bytes = (words - 0x01010101) & ~words & -0x7F7F7F80
+    return tl.max((zero_bytes != 0).to(tl.int32))
+
+
+@triton.jit
+def _empty_slots(lines, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIPES: tl.constexpr):
+    """The bits of the slots whose digest is 0. The lines are in the cache."""
+    columns = tl.arange(0, COLUMNS)[None, :]
+    empty = tl.zeros([ROWS, COLUMNS], tl.int32)
+    for stripe in tl.static_range(STRIPES):
+        digests = tl.load(lines[:, None] + (stripe * COLUMNS + columns), mask=mask[:, None], other=1)
+        empty |= tl.where(digests == 0, 1 << stripe, 0)
+    return empty
+
+
+@triton.jit
+def _number_of(bits):
+    """How many of 16 bits are set."""
+    bits -= (bits >> 1) & 0x5555
+    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+    bits = (bits + (bits >> 4)) & 0x0F0F
+    return (bits + (bits >> 8)) & 0x1F
+
+
+@triton.jit
+def _first_place(bits, CAPACITY: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first marked slot of each row; CAPACITY if there is none."""
+    # A power of two is exact in float32, so its exponent is the stripe.
+    stripe = ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    place = stripe * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return tl.min(tl.where(bits != 0, place, CAPACITY), axis=1)
+
+
+@triton.jit
+def _victim(scores, blocked, CAPACITY: tl.constexpr, COLUMNS: tl.constexpr, STRIPES: tl.constexpr):
+    """The slot with the least (score, slot) of each row that is not blocked; CAPACITY if there is none."""
+    # From the last stripe to the first, so that the lower slot wins where scores are equal. The last one is compared
+    # in another way than the others, since LLVM packs the bits of 32 equal tests into words and unpacks them again.
+    evictable = blocked < (1 << (STRIPES - 1))
+    least = tl.where(evictable, scores[STRIPES - 1], _GREATEST_SCORE)
+    best = tl.where(evictable, STRIPES - 1, STRIPES)
+    for stripe in tl.static_range(STRIPES - 2, -1, -1):
+        better = ((blocked & (1 << stripe)) == 0) & (scores[stripe] <= least)
+        least = tl.where(better, scores[stripe], least)
+        best = tl.where(better, stripe, best)
+    # Stripe STRIPES, which stands for "none", makes a place that is not below CAPACITY.
+    place = best * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    place = tl.where(least == tl.min(least, axis=1)[:, None], place, CAPACITY)
+    return tl.minimum(tl.min(place, axis=1), CAPACITY)
+
+
+@triton.jit
+def _place_keys(
+    addresses, chunks, bucket, slot, head, row, blocked, kept, CAPACITY: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A place in its bucket for each missing key of a window's rows: −1 if there is none, more than _EVICTS if a key
+    gives way. And ``blocked``, with these places. All but ``blocked`` have one value for each lane; ``row`` is −1 for
+    keys that are not served now. ``kept``: ``blocked`` has the places of the found keys already."""
+    STRIPES: tl.constexpr = CAPACITY // COLUMNS
+    ALL: tl.constexpr = (1 << STRIPES) - 1
+    lanes = tl.arange(0, _WINDOW)
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    missing = (row >= 0) & (slot < 0)
+    # Missing keys are called by their order: those of a row are ``turn`` to ``last``. One sum tells each row how many
+    # it has, the lane of its head, and how many come before.
+    order = tl.cumsum(missing.to(tl.int32), 0)
+    told = (missing.to(tl.int32) << 16) + tl.where(head, (lanes << 8) + order - missing.to(tl.int32), 0)
+    told = tl.sum(tl.where(row[:, None] == rows[None, :], told[:, None], 0), axis=0)
+    turn = (told & 255) + 1
+    last = turn + (told >> 16) - 1
+    here = tl.gather(bucket, (told >> 8) & 255, 0)
+    blocked = tl.where(kept, blocked, 0)
+    active = (turn <= last) & (tl.min(blocked, axis=1) != ALL)
+
+    # Only where more keys are missing than slots are empty, scores and found keys matter.
+    lines = line_pointers(addresses, chunks, here, active, CAPACITY)
+    any_empty = _has_empty(lines, active, CAPACITY)
+    empty = tl.zeros([ROWS, COLUMNS], tl.int32)
+    if any_empty > 0:
+        empty = _empty_slots(lines, active, ROWS, COLUMNS, STRIPES) & ~blocked
+    scarce = active & (last - turn >= tl.sum(_number_of(empty), axis=1))
+    any_scarce = tl.max(scarce.to(tl.int32), axis=0)
+    row_of_found = tl.where(slot >= 0, row, -1)
+    if (not kept) & (any_scarce > 0) & (tl.max(row_of_found, axis=0) >= 0):
+        blocked = _marks(row_of_found, slot, CAPACITY, ROWS, COLUMNS)
+    score_lines = score_pointers(addresses, chunks, here, scarce)
+    scores = ()
+    for stripe in tl.static_range(STRIPES):
+        stripes = tl.multiple_of(score_lines[:, None] + (stripe * COLUMNS + columns), [1, 16])
+        scores += (tl.load(stripes, mask=scarce[:, None], other=0),)  # type: ignore[assignment]
+
+    # Each round finds a place for the next missing key of every row.
+    chosen = tl.full([_WINDOW], -1, tl.int32)
+    waiting = 1
+    while waiting > 0:
+        place = tl.full([ROWS], CAPACITY, tl.int32)
+        if any_empty > 0:
+            place = _first_place(empty & ~blocked, CAPACITY, COLUMNS)
+        if any_scarce > 0:
+            victim = _victim(scores, blocked, CAPACITY, COLUMNS, STRIPES) + _EVICTS
+            place = tl.where(place == CAPACITY, victim, place)
+        placed = active & (turn <= last) & ((place & (_EVICTS - 1)) < CAPACITY)
+        ticket = tl.gather(tl.where(placed, (turn << 16) | place, 0), tl.where(missing, row, 0), 0)
+        called = ticket >> 16
+        chosen = tl.where(missing & (order == called), ticket & 0xFFFF, chosen)
+        place = tl.where(placed, place & (CAPACITY - 1), CAPACITY)[:, None]
+        blocked |= tl.where(place % COLUMNS == columns, (1 << (place // COLUMNS)) & ALL, 0)
+        turn += 1
+        waiting = tl.max((missing & (called > 0) & (order > called)).to(tl.int32), axis=0)
+    return chosen, blocked
+
+
+@triton.jit
+def _serve_tile(
+    addresses, geometry, entries, keys, tables, scores, slots, status, evicted_keys, evicted_scores, begin, stop,
+    chunks, world_size, CAPACITY: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Inserts the missing keys of all buckets whose first key is one of the entries from ``begin`` to ``stop``."""
+    COLUMNS: tl.constexpr = 64 // ROWS
+    lanes = tl.arange(0, _WINDOW)
+    blocked = tl.zeros([ROWS, COLUMNS], tl.int32)
+    at = begin
+    resumed = 0  # 1 if the window goes on with the bucket of the one before
+    while (at < stop) | (resumed > 0):
+        # Number the buckets that begin in the window from 1. Lane 0 has the key before it, which is served already or
+        # not this program's.
+        first = at - 1
+        bucket = _buckets_from(first, entries, keys, tables, geometry, world_size, CAPACITY)
+        slot = tl.load(slots + first + lanes, mask=bucket >= 0, other=0)
+        head = (bucket >= 0) & (lanes > 0) & (bucket != tl.gather(bucket, tl.maximum(lanes - 1, 0), 0))
+        resumed = tl.where(tl.max((head & (lanes == 1)).to(tl.int32), axis=0) > 0, 0, resumed)
+        head |= (lanes == 1) & (resumed > 0)
+        number = tl.cumsum(head.to(tl.int32), 0)
+
+        # A bucket that the window may cut off is left to the next one, which begins with it. One that fills the window
+        # from its first key on is long, and takes one window after the other for itself.
+        cut = (first + _WINDOW < entries).to(tl.int32)
+        own = tl.sum((head & (lanes < tl.minimum(stop - first, _WINDOW).to(tl.int32))).to(tl.int32), axis=0)
+        long = (cut > 0) & (tl.sum(tl.where(head, lanes, 0), axis=0) == 1) & (own + resumed > 0)
+        kept = long | (resumed > 0)
+        last_number = tl.where(kept, 1, tl.minimum(own, tl.max(number, axis=0) - cut))
+        served = (bucket >= 0) & (number > 0) & (number <= last_number)
+        first_number = tl.min(tl.where(served & (slot < 0), number, _WINDOW), axis=0)
+        next_number = tl.minimum(first_number + ROWS, last_number + 1)
+        at += tl.min(tl.where(head & (number == next_number), lanes, _WINDOW), axis=0) - 1
+        if long & (resumed == 0):
+            this = tl.max(tl.where(lanes == 1, bucket, -1), axis=0)
+            blocked = _marks_of_bucket(
+                this, first + 1, entries, keys, tables, slots, geometry, world_size, CAPACITY, ROWS, COLUMNS
+            )
+        resumed = long.to(tl.int32)
+
+        if first_number <= last_number:
+            row = tl.where(served & (number < first_number + ROWS), number - first_number, -1)
+            chosen, blocked = _place_keys(
+                addresses, chunks, bucket, slot, head, row, blocked, kept, CAPACITY, ROWS, COLUMNS
+            )
+            missing = (row >= 0) & (slot < 0)
+            taken = chosen >= 0
+            replaced = chosen >= _EVICTS
+            slot = bucket + (chosen & (CAPACITY - 1))
+            key_at = key_pointers(addresses, chunks, slot, taken)
+            score_at = score_pointers(addresses, chunks, slot, taken)
+            key = tl.load(keys + first + lanes, mask=taken, other=0)
+            score = tl.load(scores + first + lanes, mask=taken, other=0)
+            tl.store(evicted_keys + first + lanes, tl.load(key_at, mask=replaced, other=0), mask=replaced)
+            tl.store(evicted_scores + first + lanes, tl.load(score_at, mask=replaced, other=0), mask=replaced)
+            tl.store(digest_pointers(addresses, chunks, slot, taken), digest_of(mix(key)), mask=taken)
+            tl.store(key_at, key, mask=taken)
+            tl.store(score_at, score, mask=taken)
+            tl.store(slots + first + lanes, slot, mask=taken)
+            outcome = tl.where(taken, tl.where(replaced, _REPLACED, _INSERTED), _REFUSED)
+            tl.store(status + first + lanes, outcome.to(tl.int8), mask=missing)
 
 
 @triton.jit(do_not_specialize=["chunks", "world_size"])
 def _insert_kernel(
     addresses, geometry, count, keys, tables, scores, slots, status, evicted_keys, evicted_scores, chunks, world_size,
-    CAPACITY: tl.constexpr, TILE: tl.constexpr,
+    CAPACITY: tl.constexpr, LOOK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    TILE: tl.constexpr = LOOK - CAPACITY
     entries = tl.load(count)
-    tile_first = tl.program_id(0).to(tl.int64) * TILE
-    if tile_first >= entries:
-        return
-    lanes = tl.arange(0, TILE)
-    places = tl.arange(0, CAPACITY)
-    entry = tile_first + lanes
-    buckets = _buckets_of(keys, tables, geometry, entry, entry < entries, world_size, CAPACITY)
-    before = _buckets_of(keys, tables, geometry, entry - 1, (entry > 0) & (entry <= entries), world_size, CAPACITY)
-    heads = (entry < entries) & (buckets != before)
-    head = tl.min(tl.where(heads, lanes, TILE), axis=0)
-    while head < TILE:
-        bucket = tl.max(tl.where(lanes == head, buckets, -1), axis=0)
-        begin = tile_first + head
-
-        # The bucket's keys end where another bucket begins. Those that were found keep their slots.
-        touched = tl.zeros([CAPACITY], tl.int32)
-        misses = 0
-        end = begin
-        members = TILE
-        while members == TILE:
-            entry = end + lanes
-            inside = entry < entries
-            inside &= _buckets_of(keys, tables, geometry, entry, inside, world_size, CAPACITY) == bucket
-            slot = tl.load(slots + entry, mask=inside, other=-1)
-            found = slot >= 0
-            tl.store(status + entry, tl.full([TILE], _FOUND, tl.int8), mask=found)
-            place = tl.where(found, (slot & (CAPACITY - 1)).to(tl.int32), -1)
-            touched |= tl.max((place[:, None] == places[None, :]).to(tl.int32), axis=0)
-            members = tl.sum(inside.to(tl.int32), axis=0)
-            misses += members - tl.sum(found.to(tl.int32), axis=0)
-            end += members
-
-        if misses > 0:
-            digest_line = line_pointers(addresses, chunks, bucket, True, CAPACITY)
-            key_line = key_pointers(addresses, chunks, bucket, True)
-            score_line = score_pointers(addresses, chunks, bucket, True)
-            stored_scores = tl.load(score_line + places)
-            empty = (tl.load(digest_line + places) == 0).to(tl.int32)
-            evictable = (1 - empty) * (1 - touched)
-            room = tl.sum(empty + evictable, axis=0)
-            window = begin
-            while misses > 0:
-                entry = window + lanes
-                missing = (entry < end) & (tl.load(slots + entry, mask=entry < end, other=0) < 0)
-                waiting = missing.to(tl.int32)
-                chosen = tl.full([TILE], -1, tl.int32)
-                placed = tl.sum(waiting, axis=0)
-                misses -= placed
-                placed = tl.minimum(placed, room)
-                room -= placed
-                while placed > 0:
-                    lane = tl.min(tl.where(waiting > 0, lanes, TILE), axis=0)
-                    place = tl.min(tl.where(empty > 0, places, CAPACITY), axis=0)
-                    if place == CAPACITY:
-                        # Two reductions: scores use all 64 bits, so no bits are left to carry the slot along.
-                        least = tl.min(tl.where(evictable > 0, stored_scores, _GREATEST_SCORE), axis=0)
-                        victims = (evictable > 0) & (stored_scores == least)
-                        place = tl.min(tl.where(victims, places, CAPACITY), axis=0)
-                    chosen = tl.where(lanes == lane, place, chosen)
-                    waiting = tl.where(lanes == lane, 0, waiting)
-                    empty = tl.where(places == place, 0, empty)
-                    evictable = tl.where(places == place, 0, evictable)
-                    placed -= 1
-
-                taken = chosen >= 0
-                replaced = taken & (tl.load(digest_line + chosen, mask=taken, other=0) != 0)
-                tl.store(evicted_keys + entry, tl.load(key_line + chosen, mask=replaced, other=0), mask=replaced)
-                tl.store(evicted_scores + entry, tl.load(score_line + chosen, mask=replaced, other=0), mask=replaced)
-                key = tl.load(keys + entry, mask=taken, other=0)
-                tl.store(digest_line + chosen, digest_of(mix(key)), mask=taken)
-                tl.store(key_line + chosen, key, mask=taken)
-                tl.store(score_line + chosen, tl.load(scores + entry, mask=taken, other=0), mask=taken)
-                tl.store(slots + entry, bucket + chosen, mask=taken)
-                outcome = tl.where(taken, tl.where(replaced, _REPLACED, _INSERTED), _REFUSED)
-                tl.store(status + entry, outcome.to(tl.int8), mask=missing)
-                window += TILE
-
-        heads &= lanes != head
-        head = tl.min(tl.where(heads, lanes, TILE), axis=0)
+    begin = tl.program_id(0).to(tl.int64) * TILE
+    while begin < entries:
+        # Misses of the tile's buckets lie in it or among the CAPACITY keys after it: no bucket has more keys that were
+        # found. One there may be another program's and get its slot meanwhile, which does not matter.
+        ahead = tl.arange(0, LOOK)
+        inside = ahead < tl.minimum(entries - begin, LOOK).to(tl.int32)
+        slot = tl.load(slots + begin + ahead, mask=inside, other=0)
+        if tl.max((slot < 0).to(tl.int32), axis=0) > 0:
+            _serve_tile(
+                addresses, geometry, entries, keys, tables, scores, slots, status, evicted_keys, evicted_scores, begin,
+                tl.minimum(begin + TILE, entries), chunks, world_size, CAPACITY, ROWS,
+            )  # fmt: skip
+        begin += tl.num_programs(0).to(tl.int64) * TILE
 
 
 def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: torch.Tensor) -> Insertion:
-    entries = slots.numel()
-    status = torch.empty(entries, dtype=torch.int8, device=slots.device)
+    entries, capacity = slots.numel(), view.bucket_capacity
+    # FOUND is 0: the kernel has nothing to do for a key that is there.
+    status = torch.zeros(entries, dtype=torch.int8, device=slots.device)
     evicted_keys, evicted_scores = torch.empty_like(slots), torch.empty_like(slots)
+    look = max(_LOOK, 2 * capacity)
+    programs = resident_programs(triton.cdiv(entries, look - capacity), slots, _OPTIONS.num_warps)
     launch(
-        _insert_kernel, triton.cdiv(entries, _TILE), view.addresses, view.geometry, unique.count, unique.keys,
-        unique.tables, aligned(scores), slots, status, evicted_keys, evicted_scores, view.addresses.shape[1],
-        view.world_size, CAPACITY=view.bucket_capacity, TILE=_TILE, options=_OPTIONS,
+        _insert_kernel, programs, view.addresses, view.geometry, unique.count, unique.keys, unique.tables,
+        aligned(scores), slots, status, evicted_keys, evicted_scores, view.addresses.shape[1], view.world_size,
+        CAPACITY=capacity, LOOK=look, ROWS=min(32, _SLOTS_OF_ROWS // capacity), options=_OPTIONS,
     )  # fmt: skip
     return Insertion(status, evicted_keys, evicted_scores)
