@@ -156,7 +156,8 @@ class DynamicEmbTableOptions:
             no effect: they tune kernels that do not exist here.
         reserved_key_start_bit: accepted for compatibility, no effect: no key is reserved.
         initializer_args: first values of a row's embedding.
-        safe_check_mode: what happens when keys are refused.
+        safe_check_mode: what happens when keys are refused. IGNORE never waits for the device; WARNING and ERROR wait
+            once in each training lookup, because refused keys are counted there.
         seed: seed of the initializer. A row's first value depends on (seed, table name, key, column) alone.
         eval_initializer_args: what a key that is not in the table reads as in evaluation. None: zeros. The values come
             from the same generator, so the arguments of ``initializer_args`` give the row that training would insert.

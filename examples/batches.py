@@ -69,6 +69,7 @@ class BatchMaker:
             lengths=by_feature.flatten().to(torch.int32),
             stride=len(share),
         )
+        sparse.sync()  # counts the ids of each feature here, so that nobody has to ask the GPU for it
         return Batch(
             dense=torch.log1p(share.dense.clamp(min=0)).to(self.device),
             sparse=sparse.to(self.device),

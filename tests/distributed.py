@@ -1,7 +1,8 @@
-"""Real processes with gloo for tests: one function, called on every rank, its results brought back.
+"""Real processes for tests: one function, called on every rank, its results brought back.
 
-Ranks are forked from one process that has the slow imports behind it (:mod:`tests.preload`), so that a launch costs a
-tenth of a second and each test can have its own.
+Ranks joined by gloo are forked from one process that has the slow imports behind it (:mod:`tests.preload`), so that a
+launch costs a tenth of a second and each test can have its own. A fork cannot use CUDA if anything that its parent
+imported has asked for a GPU, so ranks joined by NCCL are new processes, which takes seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ RUN_TIMEOUT_SECONDS = 300
 
 
 def _rank_main(
-    rank: int, world_size: int, store: str, function: Callable[..., Any], arguments: tuple, results: Any
+    rank: int, world_size: int, backend: str, store: str, function: Callable[..., Any], arguments: tuple, results: Any
 ) -> None:
     # No MASTER_ADDR: whatever does not use the group that it was given fails.
     os.environ.update(
@@ -40,8 +41,10 @@ def _rank_main(
     torch.set_num_threads(1)
     # Shows where a rank hangs before the collective's own timeout ends it.
     faulthandler.dump_traceback_later(COLLECTIVE_TIMEOUT.total_seconds() * 0.75, exit=False)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=COLLECTIVE_TIMEOUT
     )
     try:
         # By value: tensors that went through shared memory would vanish with this process.
@@ -54,13 +57,14 @@ def _rank_main(
         dist.destroy_process_group()
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Calls ``function(rank, world_size, *arguments)`` in ``world_size`` processes joined by gloo.
+def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
+    """Calls ``function(rank, world_size, *arguments)`` in ``world_size`` processes.
 
     Args:
         world_size: number of processes.
         function: of a module, so that it can be pickled, as must be what it returns.
         arguments: passed on.
+        backend: what joins the processes: gloo, or NCCL with a GPU of its own for each.
 
     Returns:
         The results by rank.
@@ -68,13 +72,13 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
     Raises:
         AssertionError: with the traceback of the first rank that failed, or because a rank died or did not end.
     """
-    context = mp.get_context("forkserver")
+    context = mp.get_context("forkserver" if backend == "gloo" else "spawn")
     context.set_forkserver_preload(["tests.preload"])
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         processes = [
-            context.Process(target=_rank_main, args=(rank, world_size, store, function, arguments, results))
+            context.Process(target=_rank_main, args=(rank, world_size, backend, store, function, arguments, results))
             for rank in range(world_size)
         ]
         for process in processes:

@@ -40,3 +40,7 @@ QUANTISED_ROW_ATOL = 8 * 0.28 * 2**-10
 
 #: Peak memory of a table against its rows and metadata, as the package promises it.
 PEAK_MEMORY_FACTOR = 1.2
+
+#: AUC and log loss of the example on a GPU against the CPU: dense layers add up in another order, so the runs drift
+#: apart, but by less than the standard error of an AUC over the 2,000 rows held out, which is about 0.015.
+TRAINED_MODEL_ATOL = 0.02

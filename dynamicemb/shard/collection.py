@@ -144,9 +144,10 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
 
     # ------------------------------------------------------------------------------------------ state
 
-    def _initialize_torch_state(self, skip_registering: bool = False) -> None:
-        super()._initialize_torch_state(skip_registering)
-        if not skip_registering and self._dynamic_tables:
+    def _initialize_torch_state(self, **options: bool) -> None:
+        # torchrec has the option `skip_registering` from 1.7 on.
+        super()._initialize_torch_state(**options)
+        if self._dynamic_tables and not options.get("skip_registering", False):
             self._register_state_dict_hook(self._drop_empty_parameters)
             self._register_load_state_dict_pre_hook(self._skip_dynamic_tables, with_module=True)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torchrec.distributed.embedding import EmbeddingCollectionContext
 from torchrec.distributed.types import LazyAwaitable
@@ -12,9 +10,10 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 __all__ = ["CollectionContext", "one_empty_sample", "without_samples"]
 
 
-@dataclass
 class CollectionContext(EmbeddingCollectionContext):
     """torchrec's context of a collection, and whether this rank's batch has no samples."""
+
+    # No field of a dataclass, because torchrec's own context is none before 1.7.
 
     no_samples: bool = False
 
@@ -23,7 +22,10 @@ def one_empty_sample(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     """In place of ``features`` without samples: the same keys, one sample, no ids."""
     keys = features.keys()
     lengths = torch.zeros(len(keys), dtype=features.lengths().dtype, device=features.lengths().device)
-    return KeyedJaggedTensor(keys=keys, values=features.values(), lengths=lengths, stride=1)
+    # With the lengths that the host knows, torchrec need not ask the device.
+    return KeyedJaggedTensor(
+        keys=keys, values=features.values(), lengths=lengths, stride=1, length_per_key=[0] * len(keys)
+    )
 
 
 class _WithoutSamples(LazyAwaitable[dict[str, JaggedTensor]]):

@@ -30,7 +30,8 @@ def with_integer_ids(
     if values.dtype in (torch.int64, torch.int32):
         return features, None
     if values.dtype is torch.uint64:
-        return _replaced(features, values.contiguous().view(torch.int64), features.lengths()), None
+        length_per_key = features.length_per_key_or_none()
+        return _replaced(features, values.contiguous().view(torch.int64), features.lengths(), length_per_key), None
     error = None
     if values.numel() > 0:
         error = KeyTypeError(
@@ -38,10 +39,13 @@ def with_integer_ids(
             "dynamic tables take int64, int32 or uint64; convert them before building the KeyedJaggedTensor"
         )
     no_ids = torch.empty(0, dtype=torch.int64, device=values.device)
-    return _replaced(features, no_ids, torch.zeros_like(features.lengths())), error
+    no_lengths = torch.zeros_like(features.lengths())
+    return _replaced(features, no_ids, no_lengths, [0] * len(features.keys())), error
 
 
-def _replaced(features: KeyedJaggedTensor, values: torch.Tensor, lengths: torch.Tensor) -> KeyedJaggedTensor:
+def _replaced(
+    features: KeyedJaggedTensor, values: torch.Tensor, lengths: torch.Tensor, length_per_key: Optional[list[int]]
+) -> KeyedJaggedTensor:
     weights = features.weights_or_none()
     variable_stride = features.variable_stride_per_key()
     return KeyedJaggedTensor(
@@ -51,5 +55,6 @@ def _replaced(features: KeyedJaggedTensor, values: torch.Tensor, lengths: torch.
         lengths=lengths,
         stride=None if variable_stride else features.stride(),
         stride_per_key_per_rank=features.stride_per_key_per_rank() if variable_stride else None,
+        length_per_key=length_per_key,  # torchrec would ask the device again
         inverse_indices=features.inverse_indices_or_none(),
     )

@@ -2,10 +2,15 @@
 
 Equal keys of a batch travel once. The distinct keys are sorted by (owner, table, mixed key), so what goes to one rank
 is one contiguous range. Where a score counts occurrences, they travel beside the keys, as integers.
+
+The host learns nothing of a batch but its sizes: on one rank from torchrec, which has them to cut the batch into
+features; on several ranks, where a collective takes them as numbers, by one copy from the device for each batch.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -22,8 +27,8 @@ from dynamicemb.shard.route import OwnedKeys, Route
 
 __all__ = ["DynamicInputDist"]
 
-# What a rank reports beside its sizes, so that an error on one of them is an error on all.
-_OK, _BAD_KEY_TYPE = 0, 1
+# What a rank that cannot send its ids reports in place of its sizes, so that an error on one rank is an error on all.
+_BAD_KEY_TYPE = -1
 _REPORTS = {_BAD_KEY_TYPE: "ids that are not 32- or 64-bit integers"}
 
 
@@ -49,7 +54,10 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         self._world_size = 1 if pg is None else pg.size()
         self._features_by_table = features_by_table
         self._send_occurrences = send_occurrences
-        self._table_ids = torch.arange(len(features_by_table), dtype=torch.int32, device=device)
+        # Made once: a tensor from numbers of the host is a copy to the device, and may wait for it.
+        table_of_feature = [table for table, features in enumerate(features_by_table) for _ in range(features)]
+        self._table_of_feature = torch.tensor(table_of_feature, dtype=torch.int32, device=device)
+        self._runs = _Runs.create(self._world_size, len(features_by_table), device)
         self._error: Optional[KeyTypeError] = None
 
     def reject(self, error: KeyTypeError) -> None:
@@ -58,6 +66,8 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
 
     def forward(self, sparse_features: KeyedJaggedTensor) -> Awaitable[Awaitable[OwnedKeys]]:
         """Starts the exchange of sizes. Waiting for the result starts the exchange of keys, waiting again ends it.
+
+        Synchronises only with several ranks, and there only once: the wait for the result copies sizes to the host.
 
         Args:
             sparse_features: features of the dynamic tables, in the order of the tables; any lengths, also none at all.
@@ -71,23 +81,56 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         if self._world_size == 1:
             if error is not None:
                 raise error
-            keys, tables, lengths = self._keys_and_tables(sparse_features)
-            return _WithRoute(Route(), NoWait(NoWait(OwnedKeys(keys, tables, None, [lengths]))))
-        keys, tables, _ = self._keys_and_tables(sparse_features)
+            keys, tables = self._keys_and_tables(sparse_features)
+            owned = OwnedKeys(keys, tables, None, [self._lengths_by_table(sparse_features)])
+            return _WithRoute(Route(), NoWait(NoWait(owned)))
+        keys, tables = self._keys_and_tables(sparse_features)
         unique = dedup(keys, tables, len(self._features_by_table), self._world_size)
         assert self._pg is not None
-        return SizesAwaitable(self._pg, unique, len(self._features_by_table), self._send_occurrences, error)
+        return SizesAwaitable(self._pg, unique, self._runs, self._send_occurrences, error)
 
-    def _keys_and_tables(self, features: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        lengths_by_feature = features.length_per_key()
-        lengths, first = [], 0
-        for num_features in self._features_by_table:
-            lengths.append(sum(lengths_by_feature[first : first + num_features]))
-            first += num_features
+    def _keys_and_tables(self, features: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys = features.values().long().contiguous()
-        lengths_on_device = torch.tensor(lengths, device="cpu").to(keys.device, non_blocking=True)
-        tables = torch.repeat_interleave(self._table_ids, lengths_on_device, output_size=keys.numel())
-        return keys, tables, lengths
+        lengths = features.lengths().view(len(self._table_of_feature), -1).sum(dim=1)
+        return keys, torch.repeat_interleave(self._table_of_feature, lengths, output_size=keys.numel())
+
+    def _lengths_by_table(self, features: KeyedJaggedTensor) -> list[int]:
+        # Known to the host by now: torchrec has asked for the same numbers to cut the batch into shardings.
+        lengths = iter(features.length_per_key())
+        return [sum(itertools.islice(lengths, num_features)) for num_features in self._features_by_table]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The distinct keys of a batch fall into a run for each (rank, table), in this order.
+
+    Attributes:
+        world_size, num_tables: ``R`` runs are their product.
+        tables: int32 [R], table of each run.
+        numbers: int64 [R + 1], the runs' own numbers and the one that would follow.
+    """
+
+    world_size: int
+    num_tables: int
+    tables: torch.Tensor
+    numbers: torch.Tensor
+
+    @staticmethod
+    def create(world_size: int, num_tables: int, device: torch.device) -> _Runs:
+        tables = torch.arange(num_tables, dtype=torch.int32, device=device).repeat(world_size)
+        numbers = torch.arange(world_size * num_tables + 1, dtype=torch.int64, device=device)
+        return _Runs(world_size, num_tables, tables, numbers)
+
+    def count(self, unique: UniqueKeys, out: torch.Tensor) -> None:
+        """Keys of each run, into int64 [R]. The keys are in the order of their runs, so a search finds where they end.
+
+        Does not synchronise.
+        """
+        run = torch.add(unique.tables, owners(unique.keys, self.world_size), alpha=self.num_tables)
+        invalid = unique.offsets[:-1] == unique.order.numel()
+        run.masked_fill_(invalid, self.world_size * self.num_tables)
+        bounds = torch.searchsorted(run, self.numbers)
+        torch.sub(bounds[1:], bounds[:-1], out=out)
 
 
 class _WithRoute(Awaitable[Awaitable[OwnedKeys]]):
@@ -107,64 +150,81 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         self,
         pg: dist.ProcessGroup,
         unique: UniqueKeys,
-        num_tables: int,
+        runs: _Runs,
         send_occurrences: bool,
         error: Optional[KeyTypeError],
     ) -> None:
         super().__init__()
         self.route = Route(unique=unique)
-        self._pg, self._num_tables, self._send_occurrences, self._error = pg, num_tables, send_occurrences, error
-        world_size = pg.size()
-        # A row for each rank: keys of each table, and this rank's report.
-        self._sent = torch.zeros(world_size, num_tables + 1, dtype=torch.int64, device=unique.keys.device)
-        valid = torch.arange(unique.keys.numel(), device=unique.keys.device) < unique.count
-        cells = owners(unique.keys, world_size) * (num_tables + 1) + unique.tables
-        self._sent.view(-1).index_add_(0, torch.where(valid, cells, 0), valid.long())
-        self._sent[:, num_tables] = _OK if error is None else _BAD_KEY_TYPE
-        self._received = torch.empty_like(self._sent)
-        self._work = dist.all_to_all_single(self._received, self._sent, group=pg, async_op=True)
+        self._pg, self._runs, self._send_occurrences, self._error = pg, runs, send_occurrences, error
+        # What is sent and what is received, side by side so that they come to the host together.
+        shape = (2, runs.world_size, runs.num_tables)
+        self._sizes = torch.empty(shape, dtype=torch.int64, device=unique.keys.device)
+        runs.count(unique, out=self._sizes[0].view(-1))
+        if error is not None:
+            self._sizes[0].fill_(_BAD_KEY_TYPE)
+        self._work = dist.all_to_all_single(self._sizes[1], self._sizes[0], group=pg, async_op=True)
 
     def _wait_impl(self) -> Awaitable[OwnedKeys]:
         self._work.wait()
-        sent, received = torch.stack([self._sent, self._received]).tolist()
+        sent, received = _on_host(self._sizes)
         if self._error is not None:
             raise self._error
         for rank, row in enumerate(received):
-            if row[-1] != _OK:
-                raise RemoteRankError(f"rank {rank} of the process group has {_REPORTS[row[-1]]}; see its message")
-        self.route.send_counts = [sum(row[:-1]) for row in sent]
-        self.route.receive_counts = [sum(row[:-1]) for row in received]
+            if row[0] < 0:
+                raise RemoteRankError(f"rank {rank} of the process group has {_REPORTS[row[0]]}; see its message")
+        self.route.send_counts = [sum(row) for row in sent]
+        self.route.receive_counts = [sum(row) for row in received]
         assert self.route.unique is not None
         self.route.unique = self.route.unique.narrowed(sum(self.route.send_counts))
-        return KeysAwaitable(self._pg, self.route, [row[:-1] for row in received], self._send_occurrences)
+        lengths = self._sizes[1].view(-1)
+        return KeysAwaitable(self._pg, self.route, self._runs.tables, lengths, received, self._send_occurrences)
+
+
+def _on_host(sizes: torch.Tensor) -> list[list[list[int]]]:
+    """The only wait for the device in a step: the exchange of keys and of rows takes the sizes as numbers."""
+    return sizes.tolist()
 
 
 class KeysAwaitable(Awaitable[OwnedKeys]):
-    """The exchange of keys, under way; see :class:`DynamicInputDist`."""
+    """The exchange of keys, under way; see :class:`DynamicInputDist`.
 
-    def __init__(self, pg: dist.ProcessGroup, route: Route, runs: list[list[int]], send_occurrences: bool) -> None:
+    Args:
+        pg: the ranks.
+        route: of the batch, complete.
+        tables: int32 [R], table of each run that arrives.
+        lengths: int64 [R], keys of each run that arrives.
+        runs: the same by sender and table, on the host.
+        send_occurrences: whether the keys' occurrences travel beside them.
+    """
+
+    def __init__(
+        self,
+        pg: dist.ProcessGroup,
+        route: Route,
+        tables: torch.Tensor,
+        lengths: torch.Tensor,
+        runs: list[list[int]],
+        send_occurrences: bool,
+    ) -> None:
         super().__init__()
         unique = route.unique
         assert unique is not None
-        self._runs = runs
-        columns = [unique.keys]
+        self._tables, self._lengths, self._runs = tables, lengths, runs
+        self._sent = unique.keys.unsqueeze(1)
         if send_occurrences:
-            columns.append(unique.offsets.diff())
-        self._sent = torch.stack(columns, dim=1)
-        self._received = self._sent.new_empty(sum(route.receive_counts), len(columns))
+            self._sent = torch.stack([unique.keys, unique.offsets.diff()], dim=1)
+        self._received = self._sent.new_empty(sum(route.receive_counts), self._sent.shape[1])
         self._work = dist.all_to_all_single(
             self._received, self._sent, route.receive_counts, route.send_counts, group=pg, async_op=True
         )
 
     def _wait_impl(self) -> OwnedKeys:
         self._work.wait()
-        device, num_tables = self._received.device, len(self._runs[0])
-        lengths = torch.tensor(self._runs, device="cpu").view(-1).to(device, non_blocking=True)
-        table_ids = torch.arange(num_tables, dtype=torch.int32, device=device).repeat(len(self._runs))
         columns = self._received.t().contiguous()
         return OwnedKeys(
             keys=columns[0],
-            tables=torch.repeat_interleave(table_ids, lengths, output_size=columns.shape[1]),
+            tables=torch.repeat_interleave(self._tables, self._lengths, output_size=columns.shape[1]),
             occurrences=columns[1] if columns.shape[0] > 1 else None,
             runs=self._runs,
         )

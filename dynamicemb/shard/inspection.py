@@ -115,7 +115,8 @@ def set_score(model: nn.Module, score: Union[int, Mapping[str, int]]) -> None:
             raise ConfigError(f"table '{name}': score {number} does not fit in a signed 64-bit integer")
     for name, number in by_name.items():
         table = customized[name]
-        table.group.custom_scores[table.index] = number
+        # Not an assignment: that would copy from the host, and wait for the device.
+        table.group.custom_scores[table.index].fill_(number)
 
 
 def get_score(model: nn.Module) -> dict[str, int]:

@@ -34,6 +34,10 @@ def group_tables(configs: list[TableConfig]) -> list[list[TableConfig]]:
     return list(groups.values())
 
 
+def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # torch copies a single one, too
+
+
 class GroupModule(nn.Module, FusedOptimizerModule):
     """A group of tables as a module: its (empty) parameters give torchrec something to name, and autograd an anchor."""
 
@@ -137,9 +141,9 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
         rows: list[list[torch.Tensor]] = []
         for index, module in enumerate(self.group_modules):
             group_rows = module(
-                torch.cat(keys[index::num_groups]),
-                torch.cat(tables[index::num_groups]) - first_tables[index],
-                None if occurrences is None else torch.cat(occurrences[index::num_groups]),
+                _joined(keys[index::num_groups]),
+                _joined(tables[index::num_groups]) - first_tables[index],
+                None if occurrences is None else _joined(occurrences[index::num_groups]),
             )
             rows.append(list(group_rows.split(lengths[index::num_groups])))
         return torch.cat([rows[index][sender] for sender in range(num_senders) for index in range(num_groups)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
@@ -55,11 +55,11 @@ class OwnedKeys(Multistreamable):
     runs: list[list[int]]
 
     def lengths(self) -> torch.Tensor:
-        """int64 [senders * tables], on the host."""
-        return torch.tensor(self.runs, dtype=torch.int64).view(-1)
+        """None at all: torchrec notes them for its own output distributions, which have no part in this."""
+        return self.keys.new_empty(0)
 
     def stride(self) -> int:
-        return max(1, len(self.runs[0]))
+        return 1
 
     def variable_stride_per_key(self) -> bool:
         return False
@@ -70,11 +70,18 @@ class OwnedKeys(Multistreamable):
                 _record(tensor, stream)
 
 
-@dataclass
 class DynamicShardingContext(SequenceShardingContext):
-    """torchrec's context of a sequence sharding, with the route of the batch."""
+    """torchrec's context of a sequence sharding, with the route of the batch.
 
-    route: Optional[Route] = None
+    Args:
+        route: of the batch.
+        fields: torchrec's.
+    """
+
+    # No dataclass, because torchrec's own is none before 1.7.
+    def __init__(self, route: Optional[Route] = None, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.route = route
 
     def record_stream(self, stream: torch.Stream) -> None:
         super().record_stream(stream)

@@ -232,5 +232,6 @@ class TableGroup:
         return self.storage.stored_rows(table)
 
     def set_learning_rate(self, table: int, learning_rate: float) -> None:
-        """Takes effect with the next update."""
-        self.hyperparameters[table, HyperparameterColumn.LEARNING_RATE] = learning_rate
+        """Takes effect with the next update. Does not synchronise."""
+        # Assigning a number to an element would copy it from host memory, and wait.
+        self.hyperparameters[table, HyperparameterColumn.LEARNING_RATE].fill_(learning_rate)

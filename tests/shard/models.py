@@ -32,6 +32,11 @@ ZEROS = DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.CONSTANT)
 STATIC = ParameterConstraints(sharding_types=["row_wise"])
 
 
+def rank_device() -> torch.device:
+    """Where this rank's tables are: on its GPU if the ranks are joined by NCCL, else in host memory."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else CPU
+
+
 def table(name: str, num_embeddings: int = 1000, dim: int = 8, features: Sequence[str] = ()) -> EmbeddingConfig:
     """A table whose only feature has its name, unless others are given."""
     return EmbeddingConfig(
@@ -70,13 +75,14 @@ def distribute(
         for part in embeddings:
             apply_optimizer_in_backward(optimizer[0], part.parameters(), dict(optimizer[1]))
     group = group or dist.group.WORLD
-    topology = Topology(world_size=group.size(), local_world_size=group.size(), compute_device="cpu")
+    device = rank_device()
+    topology = Topology(world_size=group.size(), local_world_size=group.size(), compute_device=device.type)
     planner_class = EmbeddingShardingPlanner if plain else DynamicEmbeddingShardingPlanner
     planner = planner_class(topology=topology, constraints=dict(constraints), debug=False)
     default_class = EmbeddingCollectionSharder if plain else DynamicEmbeddingCollectionSharder
     sharders = [sharder or default_class()]
     plan = planner.collective_plan(module, sharders, group)
-    return DistributedModelParallel(module, env=_environment(group), device=CPU, plan=plan, sharders=sharders)
+    return DistributedModelParallel(module, env=_environment(group), device=device, plan=plan, sharders=sharders)
 
 
 def _environment(group: dist.ProcessGroup) -> ShardingEnv:
@@ -109,7 +115,7 @@ def one_sample(ids_by_feature: Mapping[str, torch.Tensor]) -> KeyedJaggedTensor:
 
 def rows(model: nn.Module, features: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
     """What a batch reads as, [ids of the feature, dim] by feature. All ranks call it together."""
-    output = model(features)
+    output = model(features.to(rank_device()))
     output = output if isinstance(output, dict) else output.wait()
     return {feature: jagged.values() for feature, jagged in output.items()}
 

@@ -20,7 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dynamicemb import DynamicEmbEvictStrategy
 from dynamicemb.shard import DynamicEmbeddingCollectionSharder
-from tests.shard.models import NORMAL, STATIC, collection, distribute, dynamic, evaluated, table
+from tests.shard.models import CPU, NORMAL, STATIC, collection, distribute, dynamic, evaluated, rank_device, table
 
 STEPS = 50
 LEARNING_RATE = 0.1
@@ -70,7 +70,7 @@ def dynamic_model(optimizer: str, through_fused_params: bool) -> nn.Module:
     model = TwoCollections()
     in_backward, arguments, fused_params = OPTIMIZERS[optimizer]
     parameters = {name.split(".")[-2]: parameter for name, parameter in model.named_parameters()}
-    if optimizer == "adam":  # fbgemm has none on the CPU: the static table has another optimizer than the dynamic ones
+    if not has_static_model(optimizer):  # the static table has another optimizer than the dynamic ones
         apply_optimizer_in_backward(torch.optim.SGD, [parameters.pop("country")], {"lr": LEARNING_RATE})
     if not through_fused_params:
         apply_optimizer_in_backward(in_backward, parameters.values(), {"lr": LEARNING_RATE, **arguments})
@@ -79,6 +79,11 @@ def dynamic_model(optimizer: str, through_fused_params: bool) -> nn.Module:
         use_index_dedup=through_fused_params,
     )
     return distribute(model, constraints, sharder=sharder)
+
+
+def has_static_model(optimizer: str) -> bool:
+    """Whether torchrec's tables have the optimizer where this rank's tables are: fbgemm has no Adam on the CPU."""
+    return optimizer != "adam" or rank_device() != CPU
 
 
 def static_model(optimizer: str) -> nn.Module:
@@ -139,6 +144,7 @@ def loss(rows: Mapping[str, torch.Tensor], rank: int, step: int) -> torch.Tensor
         values = rows[feature]
         factors = 0.5 + torch.rand(values.shape, generator=generator)
         factors[:, ::2] *= -1.0
+        factors = factors.to(values.device)
         terms.append((factors * (values + 0.1 * values.sin())).sum())
     return torch.stack(terms).sum()
 
@@ -153,9 +159,9 @@ def all_ids(raw: bool) -> dict[str, torch.Tensor]:
 
 
 def all_rows(model: nn.Module, raw: bool) -> dict[str, torch.Tensor]:
-    """[size, dim] by table."""
+    """[size, dim] by table, on the host."""
     values = evaluated(model, all_ids(raw))
-    return {name: values[FEATURES[name][0]].clone() for name in SIZES}
+    return {name: values[FEATURES[name][0]].to(CPU, copy=True) for name in SIZES}
 
 
 def set_static_rows(model: nn.Module, rows_by_table: dict[str, torch.Tensor]) -> None:
@@ -194,11 +200,11 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def outputs(model: nn.Module, features: KeyedJaggedTensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Values and lengths by feature."""
-    output = model(features)
+    """Values and (on the host) lengths by feature."""
+    output = model(features.to(rank_device()))
     assert set(output) == set(TABLE_OF)
     values = {feature: jagged.values() for feature, jagged in output.items()}
-    return values, {feature: jagged.lengths() for feature, jagged in output.items()}
+    return values, {feature: jagged.lengths().cpu() for feature, jagged in output.items()}
 
 
 def equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
@@ -218,7 +224,7 @@ def run(rank: int, world_size: int, optimizer: str) -> dict[str, Any]:
     set_static_rows(models[1], before)
     copies = {name: rows.clone() for name, rows in before.items()}
     tables, static = TorchTables(copies), None
-    if optimizer != "adam":
+    if has_static_model(optimizer):
         static = static_model(optimizer)
         set_static_rows(static, before)
     result: dict[str, Any] = {"forward_equal": True, "lengths_equal": True}
@@ -236,7 +242,7 @@ def run(rank: int, world_size: int, optimizer: str) -> dict[str, Any]:
             loss(expected, rank, step).backward()
     after = [all_rows(model, raw=True) for model in models]
     if static is None:
-        # The static table of the dynamic model is fbgemm's, which has no Adam on the CPU.
+        # The static table of the dynamic model had another optimizer.
         last = {name: tables.tables[name].weight.detach() for name in DYNAMIC}
     else:
         last = all_rows(static, raw=False)

@@ -1,0 +1,100 @@
+"""Lookups and updates of a group of tables as a GPU gets them: no wait, and as many kernels for one table as for 26."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import pytest
+import torch
+
+from dynamicemb import DynamicEmbEvictStrategy
+from dynamicemb.kernels.layout import OptimizerKind
+from dynamicemb.table.function import lookup
+from dynamicemb.table.group import TableGroup
+from dynamicemb.table.optimizers import OptimizerConfig
+from tests.steady_state import META, Step, meta_memory, recorded
+from tests.table.groups import NORMAL, config
+
+KEYS = 1000
+
+
+def group_of(tables: int = 1, **fields: Any) -> TableGroup:
+    """At capacity from the start, unless ``fields`` say otherwise."""
+    with meta_memory():
+        return TableGroup([config(f"t{table}", **fields) for table in range(tables)], 1, META)
+
+
+def rows_of(group: TableGroup, counts: Optional[torch.Tensor] = None, training: bool = True) -> torch.Tensor:
+    keys = torch.empty(KEYS, dtype=torch.int64, device=META)
+    tables = torch.empty(KEYS, dtype=torch.int32, device=META)
+    anchor = torch.empty(0, device=META, requires_grad=True)
+    return lookup(group, anchor, keys, tables, counts, training)
+
+
+def train(group: TableGroup) -> None:
+    rows = rows_of(group)
+    rows.backward(torch.empty_like(rows))
+
+
+def train_with_counts(group: TableGroup) -> None:
+    """As on several ranks."""
+    rows = rows_of(group, torch.empty(KEYS, dtype=torch.int64, device=META))
+    rows.backward(torch.empty_like(rows))
+
+
+def train_overlapping(group: TableGroup) -> None:
+    """The slots of the first lookup may be others' by the time of its update."""
+    first, second = rows_of(group), rows_of(group)
+    second.backward(torch.empty_like(second))
+    first.backward(torch.empty_like(first))
+
+
+def evaluate(group: TableGroup) -> None:
+    rows_of(group, training=False)
+
+
+PHASES = [train, train_with_counts, train_overlapping, evaluate]
+
+
+def step(phase: Callable[[TableGroup], None], group: TableGroup) -> Step:
+    with recorded() as seen:
+        phase(group)
+    return seen
+
+
+@pytest.mark.parametrize("kind", OptimizerKind)
+@pytest.mark.parametrize("strategy", DynamicEmbEvictStrategy)
+@pytest.mark.parametrize("phase", PHASES)
+def test_nothing_waits(
+    phase: Callable[[TableGroup], None], strategy: DynamicEmbEvictStrategy, kind: OptimizerKind
+) -> None:
+    group = group_of(2, evict_strategy=strategy, optimizer=OptimizerConfig(kind), eval_initializer=NORMAL)
+    assert step(phase, group).waits == []
+
+
+@pytest.mark.parametrize("strategy", DynamicEmbEvictStrategy)
+@pytest.mark.parametrize("phase", PHASES)
+def test_as_many_kernels_for_any_number_of_tables(
+    phase: Callable[[TableGroup], None], strategy: DynamicEmbEvictStrategy
+) -> None:
+    fields = {"evict_strategy": strategy, "optimizer": OptimizerConfig(OptimizerKind.ADAM), "eval_initializer": NORMAL}
+    one, eight, many = (step(phase, group_of(tables, **fields)).kernels for tables in (1, 8, 26))
+    assert one == eight == many
+    assert any(kernel.startswith("triton.") for kernel in one)
+
+
+def test_a_table_that_has_room_to_grow_and_need_not_does_not_wait() -> None:
+    group = group_of(capacity=64 * KEYS, init_capacity=8 * KEYS, max_load_factor=0.5)
+    assert group.storage.geometries[0].can_grow
+    for _ in range(4):
+        assert step(train, group).waits == []
+
+
+def test_a_table_that_may_have_to_grow_asks() -> None:
+    """Its size decides, and that is on the device: four batches may have filled half of it."""
+    group = group_of(capacity=64 * KEYS, init_capacity=8 * KEYS, max_load_factor=0.5)
+    for _ in range(4):
+        step(train, group)
+    with recorded(), pytest.raises(NotImplementedError, match="meta"):
+        train(group)
