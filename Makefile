@@ -6,7 +6,7 @@
 #                PyTorch comes from where pip finds everything else (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf)
 #   NPROC        processes that `demo` starts; 2, or 1 with a single GPU
 #   DATA         files or a folder for `demo`; without it the demo generates its rows
-#   ARGS         further arguments for `demo`, `test` and `bench`
+#   ARGS         further arguments for `demo`, `test`, `test-gpu`, `bench`, `bench-gpu` and `aot`
 
 PYTHON ?= python3
 STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -22,15 +22,16 @@ STAMP := $(VENV)/.installed-$(STACK)
 $(if $(filter $(STACK),cpu cuda),,$(error STACK=$(STACK) is not a stack; use cpu or cuda))
 OTHER_STACK := $(if $(filter cuda,$(STACK)),cpu,cuda)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
+OLDEST_TRITON := $(VENV)/triton-3.6.0
 PROCESSORS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 # torchrun would give every process a single thread.
 THREADS := $(shell threads=$$(( $(PROCESSORS) / $(NPROC) )); echo $$(( threads > 0 ? threads : 1 )))
 
-.PHONY: help setup demo test check format bench clean
+.PHONY: help setup demo test test-gpu check format bench bench-gpu aot clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 setup: $(STAMP) ## create .venv and install the pinned stack (again only after a pin has changed)
 
@@ -50,8 +51,19 @@ demo: setup ## train the example on NPROC processes (DATA=path for your own rows
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) \
 		examples/train_criteo.py $(if $(DATA),--data $(DATA)) $(ARGS)
 
-test: setup ## run the tests (ARGS="-k name" for some of them)
+# The tests compile every kernel with the oldest Triton that is supported, too. It lies beside the environment's own.
+$(OLDEST_TRITON): | setup
+	rm -rf $@.partial
+	$(PIP_INSTALL) --no-deps --target $@.partial triton==$(OLDEST_TRITON:$(VENV)/triton-%=%)
+	mv $@.partial $@
+
+test: setup $(if $(filter Linux,$(shell uname -s)),$(OLDEST_TRITON)) ## run the tests (ARGS="-k name" for some of them)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: setup ## run the tests that need an NVIDIA GPU
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+		"make test-gpu needs an NVIDIA GPU, and PyTorch built for CUDA (make setup STACK=cuda)")'
+	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .
@@ -64,6 +76,12 @@ format: setup ## rewrite the sources in the house format
 
 bench: setup ## measure speed and memory (ARGS="--help" for the choices)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-gpu: setup ## measure the GPU engine beside fbgemm's CUDA tables, in 8 minutes at most
+	$(BIN)/python benchmarks/run_gpu.py $(ARGS)
+
+aot: setup ## compile every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU
+	$(BIN)/python benchmarks/aot.py $(ARGS)
 
 clean: ## remove .venv and every cache
 	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

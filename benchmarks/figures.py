@@ -8,7 +8,7 @@ from typing import Optional
 
 import numpy as np
 
-__all__ = ["CheckError", "Figure", "Findings", "Spread", "Target"]
+__all__ = ["CheckError", "Figure", "Findings", "Published", "Spread", "Target"]
 
 
 class CheckError(Exception):
@@ -50,6 +50,17 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Published:
+    """A number that others have published for the same work, and whose it is: system and hardware."""
+
+    value: float
+    whose: str
+
+    def __str__(self) -> str:
+        return f"{self.value:g} ({self.whose})"
+
+
+@dataclass(frozen=True)
 class Figure:
     """One measured quantity.
 
@@ -60,6 +71,9 @@ class Figure:
         expected: what was expected before measuring, in ``unit``.
         reason: where the expectation comes from.
         target: what the median must reach; None for figures that only explain.
+        moved_bytes: read and written in one repetition, counted from the layout of what is read and written.
+        copy_share: those bytes over the median time, as a share of the bandwidth of a copy in the same run.
+        published: the same quantity elsewhere, in ``unit``.
     """
 
     name: str
@@ -68,6 +82,9 @@ class Figure:
     expected: Optional[float] = None
     reason: str = ""
     target: Optional[Target] = None
+    moved_bytes: Optional[float] = None
+    copy_share: Optional[float] = None
+    published: Optional[Published] = None
 
     @property
     def met(self) -> Optional[bool]:
@@ -86,6 +103,7 @@ class Findings:
         check: what was found equal before anything was timed.
         figures: in the order in which they are shown.
         series: raw numbers by name, for those who want to look closer.
+        left_out: why each part that was not measured was not, by name.
     """
 
     name: str
@@ -94,3 +112,4 @@ class Findings:
     check: str
     figures: list[Figure]
     series: dict[str, list[float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from typing import Optional
 
 import torch
 
-__all__ = ["Host", "MemoryCosts", "OtherLoad", "device_slug"]
+__all__ = ["Accelerator", "Host", "MemoryCosts", "OtherLoad", "device_slug"]
 
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "numba", "numpy", "triton")
 #: What finding a key touches: 128 digests, and a cache line each of keys and scores, the latter read and written.
@@ -79,6 +79,34 @@ class Host:
     @property
     def slug(self) -> str:
         return device_slug(self.cpu, self.cores)
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """The GPU that a result belongs to.
+
+    Attributes:
+        name: as its driver calls it.
+        driver: version of the driver.
+        cuda: version of CUDA that torch was built for.
+        memory_gib: of the GPU.
+        free_gib: of those, before the run.
+        multiprocessors: of the GPU.
+        cache_mib: second-level cache.
+    """
+
+    name: str
+    driver: str
+    cuda: str
+    memory_gib: float
+    free_gib: float
+    multiprocessors: int
+    cache_mib: float
+
+    @property
+    def slug(self) -> str:
+        """Name for file names: ``NVIDIA H200`` is ``nvidia-h200``."""
+        return "-".join(re.findall(r"[a-z0-9]+", self.name.lower())) or "gpu"
 
 
 class OtherLoad:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 from figures import CheckError, Findings
+from files import revision
 from host import Host, OtherLoad
 from output import Run, show, write
 from processes import quieten_libraries
@@ -41,15 +40,6 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="folder for the JSON and Markdown files (default: benchmarks/results; with --quick: none)",
     )  # fmt: skip
     return parser.parse_args(arguments)
-
-
-def _revision() -> Optional[str]:
-    """The commit of the sources, marked if they have been changed since; None outside a clone."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _topic(names: Sequence[str], quick: bool) -> str:
@@ -85,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         date=datetime.date.today(),
         quick=options.quick,
         host=host,
-        revision=_revision(),
+        revision=revision(),
         findings=findings,
         refused=refused,
         seconds=seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "DynamicTable",
     "PowerLaw",
     "mean_unique",
+    "power_law_ranks",
     "roomy_capacity",
 ]
 
@@ -29,6 +31,23 @@ POWER_LAW_EXPONENT = 1.05
 LEARNING_RATE = 0.05
 #: Bounds of the first values of a row.
 INITIAL_BOUND = 0.001
+
+Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
+
+
+def power_law_ranks(uniform: Numbers, universe: int) -> Numbers:
+    """Ranks in popularity, by the inverse of the law's distribution function over [1, universe + 1).
+
+    Args:
+        uniform: float64 [N], in [0, 1).
+        universe: number of ids.
+
+    Returns:
+        float64 [N], from 1 to ``universe + 1``, of which the whole part counts (rounding can reach the upper end).
+    """
+    power = 1.0 - POWER_LAW_EXPONENT
+    ranks: Numbers = ((float(universe + 1) ** power - 1.0) * uniform + 1.0) ** (1.0 / power)
+    return ranks
 
 
 class PowerLaw:
@@ -52,10 +71,8 @@ class PowerLaw:
         return torch.from_numpy(self._id_by_rank)
 
     def draw(self, count: int) -> torch.Tensor:
-        """int64 [count], by the inverse of the law's distribution function over [1, universe + 1)."""
-        power = 1.0 - POWER_LAW_EXPONENT
-        uniform = self._generator.random(count)
-        ranks = ((float(self.universe + 1) ** power - 1.0) * uniform + 1.0) ** (1.0 / power)
+        """int64 [count], popular ids more often."""
+        ranks = power_law_ranks(self._generator.random(count), self.universe)
         return torch.from_numpy(self._id_by_rank[np.minimum(ranks.astype(np.int64), self.universe) - 1])
 
     def draw_uniformly(self, count: int) -> torch.Tensor:
