@@ -139,3 +139,17 @@ def optimizer_step(
         return w - numbers.learning_rate * g, s
     s = s + (g * g if kind == ADAGRAD else np.mean(g * g, keepdims=True))
     return w - numbers.learning_rate * g / (np.sqrt(s) + numbers.eps), s
+
+
+def block_sum(rows: np.ndarray) -> np.ndarray:
+    """Sum of one key's rows, float32 [n, D], in batch order: blocks of 128 on their own, then what is left."""
+    total = np.zeros(rows.shape[1], np.float32)
+    whole = len(rows) // 128 * 128
+    for begin in range(0, whole, 128):
+        block = np.zeros(rows.shape[1], np.float32)
+        for row in rows[begin : begin + 128]:
+            block += row
+        total += block
+    for row in rows[whole:]:
+        total += row
+    return total

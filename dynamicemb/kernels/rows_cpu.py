@@ -11,6 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from dynamicemb.kernels.numba_support import as_float32, as_uint16, copy_bytes, inline
+from dynamicemb.kernels.segment_sum import BLOCK_ROWS
 
 __all__ = ["DTYPE_CODES", "FLOAT32", "read_row", "sum_rows", "write_row"]
 
@@ -19,6 +20,7 @@ FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 DTYPE_CODES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 _16 = np.uint32(16)
+_BLOCK_ROWS = np.int64(BLOCK_ROWS)
 
 
 @intrinsic
@@ -127,10 +129,22 @@ def add_row(source, code, target, dim):
 
 
 @inline
-def sum_rows(rows, row_bytes, code, order, first, last, target, dim):
-    """Sums rows ``order[first:last]`` of those at address ``rows``, one after the other, at address ``target``."""
-    sums = as_float32(target)
+def _set_to_zero(target, dim):
+    values = as_float32(target)
     for i in range(dim):
-        sums[i] = np.float32(0)
+        values[i] = np.float32(0)
+
+
+@inline
+def sum_rows(rows, row_bytes, code, order, first, last, target, block, dim):
+    """Sums rows ``order[first:last]`` of those at address ``rows`` at address ``target``, in blocks as
+    :mod:`~dynamicemb.kernels.segment_sum` says. ``block`` is the address of another row, for the sum of a block."""
+    _set_to_zero(target, dim)
+    while last - first >= _BLOCK_ROWS:
+        _set_to_zero(block, dim)
+        for i in range(first, first + _BLOCK_ROWS):
+            add_row(rows + order[i] * row_bytes, code, block, dim)
+        add_row(block, FLOAT32, target, dim)
+        first += _BLOCK_ROWS
     for i in range(first, last):
         add_row(rows + order[i] * row_bytes, code, target, dim)

@@ -13,8 +13,8 @@ from dynamicemb.kernels.triton_support import address_of, aligned
 from dynamicemb.kernels.views import AddressRow
 
 __all__ = [
-    "ADD_ROWS_REGISTERS", "DTYPE_CODES", "add_rows", "column_tile", "float_view", "read_row", "rounded_to",
-    "row_pointers", "row_tile", "row_warps", "state_pointers", "word_pointers", "write_row",
+    "DTYPE_CODES", "SUM_ROWS_REGISTERS", "add_rows", "column_tile", "float_view", "read_row", "rounded_to",
+    "row_pointers", "row_tile", "row_warps", "state_pointers", "sum_rows", "word_pointers", "write_row",
 ]  # fmt: skip
 
 _ROWS = tl.constexpr(int(AddressRow.ROWS))
@@ -25,9 +25,9 @@ _BFLOAT16 = tl.constexpr(2)
 #: How kernels are told the dtype of a row. bfloat16 travels as bits: the interpreter's own conversion does not round.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-#: Launch option of kernels that call :func:`add_rows`. Left to itself, ptxas aims at 40 registers and so at full
-#: occupancy, and issues one or two loads at a time; 96 registers hold 16 of them, as the SASS shows.
-ADD_ROWS_REGISTERS = 96
+#: Launch option of kernels that call :func:`sum_rows`. Left to itself, ptxas aims at 40 registers and so at full
+#: occupancy, and issues one or two loads at a time; 96 registers hold 16 of them, as the SASS shows, in 21 warps.
+SUM_ROWS_REGISTERS = 96
 
 
 @triton.jit
@@ -97,38 +97,67 @@ def write_row(pointers, values, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def sum_rows(
+    values, order, block_sums, begins, ends, columns, DIM: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """float32 [R, C], sums of the rows ``values[order[begins:ends]]`` of ``DIM`` columns of each of R keys.
+
+    In the order of :mod:`~dynamicemb.kernels.segment_sum`: sums of whole blocks first, which are rows of ``block_sums``
+    from ``begins // BLOCK`` on, then the rest.
+    """
+    total = tl.zeros([begins.shape[0], columns.shape[0]], tl.float32)
+    blocks = (ends - begins) // BLOCK
+    most = tl.max(blocks, axis=0)
+    first = tl.zeros_like(most)
+    while first < most:
+        positions = ()
+        for step in tl.static_range(8):
+            # Row 0 stands for blocks that there are not, so that nothing is read that is not there.
+            positions += (tl.where(first + step < blocks, begins // BLOCK + first + step, 0),)  # type: ignore[assignment]
+        total = add_some_rows(total, block_sums, positions, first, blocks, columns, DIM, _FLOAT32)
+        first += 8
+    return add_rows(total, values, order, begins + blocks * BLOCK, ends, columns, DIM, DTYPE)
+
+
+@triton.jit
 def add_rows(total, values, order, begins, ends, columns, DIM: tl.constexpr, DTYPE: tl.constexpr):
     """``total`` [R, C] plus, one after the other, the rows ``values[order[begins:ends]]`` of ``DIM`` columns.
 
-    The order of additions is part of the contract, so a key's rows are added by one program. What overlaps are the
-    loads: 16 rows are in flight in the long loop and 4 in the short one, which is all that most keys run.
+    The order of additions is part of the contract. What overlaps are the loads: 16 rows are under way in the long loop
+    and 4 in the short one, which is all that most keys run.
     """
     longest = tl.max(ends - begins, axis=0)
     first = tl.zeros_like(longest)
     while first + 16 <= longest:
-        total = add_some_rows(total, values, order, begins + first, ends, columns, DIM, DTYPE, 16)
+        positions = positions_of(order, begins + first, ends, 16)
+        total = add_some_rows(total, values, positions, begins + first, ends, columns, DIM, DTYPE)
         first += 16
     while first < longest:
-        total = add_some_rows(total, values, order, begins + first, ends, columns, DIM, DTYPE, 4)
+        positions = positions_of(order, begins + first, ends, 4)
+        total = add_some_rows(total, values, positions, begins + first, ends, columns, DIM, DTYPE)
         first += 4
     return total
 
 
 @triton.jit
-def add_some_rows(
-    total, values, order, begins, ends, columns, DIM: tl.constexpr, DTYPE: tl.constexpr, COUNT: tl.constexpr
-):  # fmt: skip
-    # All positions, then all rows, then the sums. Past its end a key reads its last row again, which costs a hit in the
-    # cache: masks would need one predicate register for each row in flight, and with seven of them loads line up.
+def positions_of(order, begins, ends, COUNT: tl.constexpr):
+    # Past its end a key reads its last row again, which costs a hit in the cache: masks would need one predicate
+    # register for each row under way, and with seven of them loads line up.
     last = tl.maximum(ends - 1, 0)
     positions = ()
     for step in tl.static_range(COUNT):
         positions += (tl.load(order + tl.minimum(begins + step, last)),)  # type: ignore[assignment]
+    return positions
+
+
+@triton.jit
+def add_some_rows(total, values, positions, begins, ends, columns, DIM: tl.constexpr, DTYPE: tl.constexpr):
+    # All rows, then all sums, so that the loads are under way together.
     rows = ()
-    for step in tl.static_range(COUNT):
+    for step in tl.static_range(len(positions)):
         at = values + (positions[step] * DIM)[:, None] + columns[None, :]
         rows += (read_row(at, (columns < DIM)[None, :], DTYPE),)  # type: ignore[assignment]
-    for step in tl.static_range(COUNT):
+    for step in tl.static_range(len(positions)):
         total = tl.where((begins + step < ends)[:, None], total + rows[step], total)
     return total
 
@@ -144,11 +173,11 @@ def column_tile(dim: int) -> int:
     return 1 << (dim - 1).bit_length()
 
 
-def row_tile(dim: int, values_per_thread: int = 4) -> int:
+def row_tile(dim: int, values_per_thread: int = 4, warps: int = 4) -> int:
     """Rows of ``dim`` columns for one program: by default 16 bytes of float32 for each of 128 threads."""
-    return max(1, 128 * values_per_thread // column_tile(dim))
+    return max(1, 32 * warps * values_per_thread // column_tile(dim))
 
 
-def row_warps(dim: int, values_per_thread: int = 4) -> int:
-    """Warps of a program of :func:`row_tile` rows: more than four only where one row alone has more values."""
-    return max(4, column_tile(dim) // (32 * values_per_thread))
+def row_warps(dim: int, values_per_thread: int = 4, warps: int = 4) -> int:
+    """Warps of a program of :func:`row_tile` rows: more than ``warps`` only where one row alone has more values."""
+    return max(warps, column_tile(dim) // (32 * values_per_thread))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamicemb.kernels.dedup import dedup
-from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.views import UniqueKeys
 from tests import oracle
 from tests.kernels.keys import EXTREME_KEYS, random_key
@@ -92,56 +90,7 @@ def test_many_tables_and_ranks(num_tables: int, world_size: int) -> None:
 def test_a_long_batch_in_two_threads(two_threads: None) -> None:
     generator = random.Random(5)
     keys = [random_key(generator) % 30_000 for _ in range(50_000)]
-    unique = assert_dedup(keys, [generator.randrange(7) for _ in keys], 7, 3)
-    gradients = torch.randn(50_000, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(segment_sum(gradients, unique), sequential_sum(gradients, unique))
-
-
-def sequential_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
-    """Adds one row after the other, in float32, in batch order."""
-    sums = np.zeros((unique.keys.numel(), values.shape[1]), np.float32)
-    for entry, row in zip(unique.inverse.tolist(), values.float().numpy()):
-        sums[entry] += row
-    return torch.from_numpy(sums)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 3, 4, 20, 64])
-def test_sums_are_sequential_float32_sums(dim: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(dim)
-    keys = torch.randint(0, 20, (400,), generator=generator)
-    unique = distinct(keys.tolist(), world_size=3)
-    # Magnitudes over eight decades: almost any other order of summation gives other bits.
-    scale = 10.0 ** torch.randint(-4, 4, (400, 1), generator=generator)
-    values = (torch.randn(400, dim, generator=generator) * scale).to(dtype)
-    sums = segment_sum(values, unique)
-    assert sums.dtype == torch.float32
-    assert torch.equal(sums, sequential_sum(values, unique))
-    assert not torch.equal(sums, sequential_sum(values.flip(0), distinct(keys.flip(0).tolist(), world_size=3)))
-
-
-def test_half_precision_values_are_summed_in_float32() -> None:
-    values = torch.ones(5000, 4, dtype=torch.float16)  # float16 stops counting at 2048
-    assert segment_sum(values, distinct([9] * 5000)).tolist() == [[5000.0] * 4]
-
-
-def test_sums_of_integers_are_exact() -> None:
-    unique = distinct([5, -1, 5, 5, -1])
-    values = int64([2**53, 7, 1, 2**62, -(2**63)])
-    sums = dict(zip(unique.keys.tolist(), segment_sum(values, unique).tolist()))
-    assert sums == {5: 2**53 + 1 + 2**62, -1: 7 - 2**63}
-
-
-def test_sums_of_strided_values() -> None:
-    unique = distinct([1, 2, 1])
-    values = torch.arange(24.0).reshape(8, 3).t()
-    assert torch.equal(segment_sum(values, unique), sequential_sum(values, unique))
-
-
-def test_sums_of_nothing() -> None:
-    unique = distinct([])
-    assert segment_sum(torch.empty(0, 8), unique).shape == (0, 8)
-    assert segment_sum(int64([]), unique).shape == (0,)
+    assert_dedup(keys, [generator.randrange(7) for _ in keys], 7, 3)
 
 
 @pytest.mark.parametrize("num_tables", [1, 3])

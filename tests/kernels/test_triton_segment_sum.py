@@ -66,3 +66,20 @@ def test_sums_of_an_empty_batch() -> None:
     for values in (torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64)):
         expected, actual = both_engines(segment_sum, values, unique)
         assert actual.shape == expected.shape
+
+
+@pytest.mark.parametrize("counts", [[127, 1, 128], [129, 128, 256], [1, 255, 2, 257, 5, 300], [900], [128], [384, 384]])
+@pytest.mark.parametrize("columns", [4, 20])
+def test_blocks_of_frequent_keys(counts: list[int], columns: int) -> None:
+    """At every place beside windows of 128 sorted positions. Magnitudes over eight decades: in another order the sums
+    have other bits."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    keys = torch.repeat_interleave(torch.arange(len(counts)) * 77, torch.tensor(counts))
+    keys = keys[torch.randperm(len(keys), generator=generator)]
+    scale = 10.0 ** torch.randint(-4, 4, (len(keys), 1), generator=generator)
+    values = torch.randn(len(keys), columns, generator=generator) * scale
+    unique, padded = both_unique(keys, torch.zeros(len(keys), dtype=torch.int32))
+    expected, _ = both_engines(segment_sum, values, unique)
+    with engine("triton"):
+        actual = segment_sum(values.to(DEVICE), padded)
+    assert torch.equal(actual[: len(counts)].cpu(), expected)

@@ -69,3 +69,7 @@ def test_an_empty_batch() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     batch, _ = pair.train(nothing, nothing.int(), torch.tensor([1]))
     pair.update(batch, torch.zeros(0, 4), hyperparameters()[:1], STEPS[:1])
+
+
+def test_a_frequent_key_is_summed_in_blocks() -> None:
+    run(RowLayout(4, torch.float32, OptimizerKind.SGD), torch.float32, size=900, steps=1)

@@ -12,9 +12,11 @@ from dynamicemb.kernels.views import UniqueKeys
 
 @kernel
 def _sum_rows(start, stop, values, value_bytes, code, order, offsets, dim, out):
+    block_buffer = np.empty(dim, np.float32)
+    block = np.int64(block_buffer.ctypes.data)
     for entry in range(start, stop):
         target = out + entry * dim * 4
-        sum_rows(values, value_bytes, code, order, offsets[entry], offsets[entry + 1], target, dim)
+        sum_rows(values, value_bytes, code, order, offsets[entry], offsets[entry + 1], target, block, dim)
 
 
 @kernel

@@ -1,4 +1,7 @@
-"""Sums of a key's rows on the GPU."""
+"""Sums of a key's rows on the GPU: first of whole blocks, by programs of their own, then of what is left.
+
+So no program adds up more than a block, and one row for each further block, however often a key occurs.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,66 @@ import torch
 import triton
 import triton.language as tl
 
-from dynamicemb.kernels.launch import LaunchOptions, launch
+from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
 from dynamicemb.kernels.rows_triton import (
-    ADD_ROWS_REGISTERS,
     DTYPE_CODES,
+    SUM_ROWS_REGISTERS,
     add_rows,
     column_tile,
     float_view,
     row_tile,
     row_warps,
+    sum_rows,
 )
+from dynamicemb.kernels.segment_sum import BLOCK_ROWS
 from dynamicemb.kernels.views import UniqueKeys
 
 _TILE = 512
+# One warp for a key, so that none waits for another one's duplicates.
+_WARPS = 1
+
+
+@triton.jit
+def _block_sums_kernel(
+    values, order, inverse, offsets, out, DIM: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program ``j`` sums the whole block, if there is one, that begins in the ``j``-th BLOCK of sorted positions.
+
+    Such a block reaches past the last of these positions, so it belongs to the key there, and there is only one. It
+    begins less than BLOCK before that position: block ``i`` of a key that begins at ``b`` is row ``b // BLOCK + i``.
+    """
+    window = tl.program_id(0).to(tl.int64)
+    last = window * BLOCK + BLOCK - 1
+    entry = tl.load(inverse + tl.load(order + last))
+    key_begin = tl.load(offsets + entry)
+    begin = key_begin + (last - key_begin) // BLOCK * BLOCK
+    if begin + BLOCK > tl.load(offsets + entry + 1):
+        return
+    columns = tl.arange(0, COLUMNS)
+    begins = begin + tl.zeros([1], tl.int64)
+    total = tl.zeros([1, COLUMNS], tl.float32)
+    total = add_rows(total, values, order, begins, begins + BLOCK, columns, DIM, DTYPE)
+    tl.store(out + (window * DIM + columns)[None, :], total, mask=(columns < DIM)[None, :])
 
 
 @triton.jit
 def _sum_rows_kernel(
-    values, order, offsets, count, out, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    values, order, offsets, count, block_sums, out, DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program for ROWS distinct keys; costs one round trip to memory for each 16 duplicates of the commonest."""
     entries = tl.load(count)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if first >= entries:
-        return
-    entry = first + tl.arange(0, ROWS)
-    inside = entry < entries
     columns = tl.arange(0, COLUMNS)
-    begins = tl.load(offsets + entry, mask=inside, other=0)
-    ends = tl.load(offsets + entry + 1, mask=inside, other=0)
-    total = add_rows(tl.zeros([ROWS, COLUMNS], tl.float32), values, order, begins, ends, columns, DIM, DTYPE)
-    mask = inside[:, None] & (columns < DIM)[None, :]
-    tl.store(out + (entry * DIM)[:, None] + columns[None, :], total, mask=mask)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    while first < entries:
+        entry = first + tl.arange(0, ROWS)
+        inside = entry < entries
+        begins = tl.load(offsets + entry, mask=inside, other=0)
+        ends = tl.load(offsets + entry + 1, mask=inside, other=0)
+        total = sum_rows(values, order, block_sums, begins, ends, columns, DIM, DTYPE, BLOCK)
+        mask = inside[:, None] & (columns < DIM)[None, :]
+        tl.store(out + (entry * DIM)[:, None] + columns[None, :], total, mask=mask)
+        first += tl.num_programs(0).to(tl.int64) * ROWS
 
 
 @triton.jit
@@ -52,6 +82,27 @@ def _segment_difference_kernel(prefix, offsets, count, out, TILE: tl.constexpr):
     tl.store(out + entry, tl.load(prefix + end - 1, mask=inside, other=0) - before, mask=inside)
 
 
+def block_sums(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
+    """Sums of the whole blocks of all keys.
+
+    Args:
+        values: float32, float16 or bfloat16 [N, D].
+        unique: of the same batch.
+
+    Returns:
+        float32 [N // BLOCK_ROWS, D], for :func:`~dynamicemb.kernels.rows_triton.sum_rows`; most rows are undefined.
+        Does not synchronise.
+    """
+    blocks, dim = unique.order.numel() // BLOCK_ROWS, values.shape[1]
+    out = torch.empty(blocks, dim, dtype=torch.float32, device=values.device)
+    launch(
+        _block_sums_kernel, blocks, float_view(values), unique.order, unique.inverse, unique.offsets, out, DIM=dim,
+        COLUMNS=column_tile(dim), DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
+        options=LaunchOptions(row_warps(dim, warps=_WARPS), SUM_ROWS_REGISTERS),
+    )  # fmt: skip
+    return out
+
+
 def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     entries = unique.keys.numel()
     if values.dtype == torch.int64:
@@ -59,11 +110,12 @@ def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     dim = values.shape[1]
     out = torch.empty(entries, dim, dtype=torch.float32, device=values.device)
     if entries and dim:
-        rows = row_tile(dim)
+        rows, warps = row_tile(dim, warps=_WARPS), row_warps(dim, warps=_WARPS)
         launch(
-            _sum_rows_kernel, triton.cdiv(entries, rows), float_view(values), unique.order, unique.offsets,
-            unique.count, out, DIM=dim, COLUMNS=column_tile(dim), ROWS=rows, DTYPE=DTYPE_CODES[values.dtype],
-            options=LaunchOptions(row_warps(dim), ADD_ROWS_REGISTERS),
+            _sum_rows_kernel, resident_programs(triton.cdiv(entries, rows), values, warps), float_view(values),
+            unique.order, unique.offsets, unique.count, block_sums(values, unique), out, DIM=dim,
+            COLUMNS=column_tile(dim), ROWS=rows, DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
+            options=LaunchOptions(warps, SUM_ROWS_REGISTERS),
         )  # fmt: skip
     return out
 

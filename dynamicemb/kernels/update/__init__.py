@@ -44,7 +44,7 @@ def update(
     hyperparameters: torch.Tensor,
     steps: torch.Tensor,
 ) -> None:
-    """Sums the gradients of each distinct key in batch order, in float32, and applies the optimizer to its row once.
+    """Sums the gradients of each distinct key as :mod:`~dynamicemb.kernels.segment_sum` does, and updates its row once.
 
     Args:
         view: the tables; rows change. ``view.layout.optimizer`` picks the rule.

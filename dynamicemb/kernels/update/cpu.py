@@ -1,4 +1,4 @@
-"""Optimizer steps on the CPU: sum the gradients of a key in batch order, then change its row once."""
+"""Optimizer steps on the CPU: sum the gradients of a key, then change its row once."""
 
 from __future__ import annotations
 
@@ -101,6 +101,8 @@ def _update(
 ):  # fmt: skip
     gradient_buffer, row_buffer = np.empty(dim, np.float32), np.empty(dim, np.float32)
     gradient, row = np.int64(gradient_buffer.ctypes.data), np.int64(row_buffer.ctypes.data)
+    block_buffer = np.empty(dim, np.float32)
+    block = np.int64(block_buffer.ctypes.data)
     for u in range(start, stop):
         ahead = min(u + PREFETCH_DISTANCE, stop - 1)
         if slots[ahead] >= 0:
@@ -109,7 +111,7 @@ def _update(
         slot = slots[u]
         if slot < 0:
             continue
-        sum_rows(gradients, gradient_bytes, gradient_code, order, offsets[u], offsets[u + 1], gradient, dim)
+        sum_rows(gradients, gradient_bytes, gradient_code, order, offsets[u], offsets[u + 1], gradient, block, dim)
         address = addresses[_ROWS, chunk_of(slot)] + offset_of(slot) * row_bytes
         weights = address
         if code != FLOAT32:

@@ -1,8 +1,7 @@
 """Optimizer steps on the GPU: the sum of a key's gradients stays in registers until its row has been changed.
 
-A key's duplicates are added by one program in batch order: columns are parallel, duplicates are not. With 16 rows in
-flight, and two round trips to memory for them, that is an estimated 70 ns a duplicate: a key that fills a batch of
-65,536 would take 5 ms.
+One warp takes a key of up to 128 columns, or several narrower ones. Whole blocks of a frequent key's gradients have
+been summed by then.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from dynamicemb.kernels.launch import LaunchOptions, launch
+from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.kernels.rows_triton import (
-    ADD_ROWS_REGISTERS,
     DTYPE_CODES,
-    add_rows,
+    SUM_ROWS_REGISTERS,
     column_tile,
     float_view,
     read_row,
@@ -24,8 +22,11 @@ from dynamicemb.kernels.rows_triton import (
     row_tile,
     row_warps,
     state_pointers,
+    sum_rows,
     write_row,
 )
+from dynamicemb.kernels.segment_sum import BLOCK_ROWS
+from dynamicemb.kernels.segment_sum.triton import block_sums
 from dynamicemb.kernels.update import HyperparameterColumn, bias_corrections
 from dynamicemb.kernels.views import GroupView, UniqueKeys
 
@@ -39,6 +40,8 @@ _EPS = tl.constexpr(int(HyperparameterColumn.EPS))
 _BETA1 = tl.constexpr(int(HyperparameterColumn.BETA1))
 _BETA2 = tl.constexpr(int(HyperparameterColumn.BETA2))
 _WEIGHT_DECAY = tl.constexpr(int(HyperparameterColumn.WEIGHT_DECAY))
+# One warp for a key, so that none waits for another one's duplicates.
+_WARPS = 1
 
 
 @triton.jit
@@ -49,62 +52,62 @@ def _hyperparameter(hyperparameters, table, mask, COLUMN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chunks"])
 def _update_kernel(
-    addresses, count, tables, slots, order, offsets, gradients, hyperparameters, corrections, chunks,
+    addresses, count, tables, slots, order, offsets, gradients, block_sums, hyperparameters, corrections, chunks,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, STATE_OFFSET: tl.constexpr,
-    OPTIMIZER: tl.constexpr, DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr,
+    OPTIMIZER: tl.constexpr, DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     entries = tl.load(count)
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    if first >= entries:
-        return
-    entry = first + tl.arange(0, ROWS)
-    slot = tl.load(slots + entry, mask=entry < entries, other=-1)
-    active = slot >= 0
-    table = tl.load(tables + entry, mask=active, other=0)
-    begins = tl.load(offsets + entry, mask=active, other=0)
-    ends = tl.load(offsets + entry + 1, mask=active, other=0)
     columns = tl.arange(0, COLUMNS)
-    mask = active[:, None] & (columns < DIM)[None, :]
-    gradient = tl.zeros([ROWS, COLUMNS], tl.float32)
-    gradient = add_rows(gradient, gradients, order, begins, ends, columns, DIM, GRADIENT_DTYPE)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    while first < entries:
+        entry = first + tl.arange(0, ROWS)
+        slot = tl.load(slots + entry, mask=entry < entries, other=-1)
+        active = slot >= 0
+        table = tl.load(tables + entry, mask=active, other=0)
+        begins = tl.load(offsets + entry, mask=active, other=0)
+        ends = tl.load(offsets + entry + 1, mask=active, other=0)
+        mask = active[:, None] & (columns < DIM)[None, :]
+        # The row is on its way while gradients are added up.
+        rows = row_pointers(addresses, chunks, slot, active, ROW_BYTES, DTYPE)[:, None] + columns[None, :]
+        weights = read_row(rows, mask, DTYPE)
+        state = state_pointers(addresses, chunks, slot, active, ROW_BYTES, STATE_OFFSET)
+        gradient = sum_rows(gradients, order, block_sums, begins, ends, columns, DIM, GRADIENT_DTYPE, BLOCK)
 
-    rows = row_pointers(addresses, chunks, slot, active, ROW_BYTES, DTYPE)[:, None] + columns[None, :]
-    weights = read_row(rows, mask, DTYPE)
-    state = state_pointers(addresses, chunks, slot, active, ROW_BYTES, STATE_OFFSET)
-    rate = _hyperparameter(hyperparameters, table, active, _LEARNING_RATE).to(tl.float32)
-    eps = _hyperparameter(hyperparameters, table, active, _EPS).to(tl.float32)
-    decay = _hyperparameter(hyperparameters, table, active, _WEIGHT_DECAY).to(tl.float32)
-    if OPTIMIZER != _ADAM:
-        gradient = tl.where(decay != 0, gradient + decay * weights, gradient)
+        rate = _hyperparameter(hyperparameters, table, active, _LEARNING_RATE).to(tl.float32)
+        eps = _hyperparameter(hyperparameters, table, active, _EPS).to(tl.float32)
+        decay = _hyperparameter(hyperparameters, table, active, _WEIGHT_DECAY).to(tl.float32)
+        if OPTIMIZER != _ADAM:
+            gradient = tl.where(decay != 0, gradient + decay * weights, gradient)
 
-    if OPTIMIZER == _SGD:
-        weights -= rate * gradient
-    elif OPTIMIZER == _ADAGRAD:
-        sums = state[:, None] + columns[None, :]
-        total = tl.load(sums, mask=mask, other=0.0) + gradient * gradient
-        tl.store(sums, total, mask=mask)
-        weights -= tl.div_rn(rate * gradient, tl.sqrt_rn(total) + eps)
-    elif OPTIMIZER == _ROWWISE_ADAGRAD:
-        squares = tl.sum(gradient * gradient, axis=1)
-        total = tl.load(state, mask=active, other=0.0) + tl.div_rn(squares, tl.full([ROWS], DIM, tl.float32))
-        tl.store(state, total, mask=active)
-        weights -= tl.div_rn(rate, tl.sqrt_rn(total)[:, None] + eps) * gradient
-    else:
-        means = state[:, None] + columns[None, :]
-        squares = means + DIM
-        beta1 = _hyperparameter(hyperparameters, table, active, _BETA1)
-        beta2 = _hyperparameter(hyperparameters, table, active, _BETA2)
-        correction1 = tl.load(corrections + table * 2, mask=active, other=1.0)[:, None]
-        correction2 = tl.load(corrections + table * 2 + 1, mask=active, other=1.0)[:, None]
-        new1, new2 = (1.0 - beta1).to(tl.float32), (1.0 - beta2).to(tl.float32)
-        mean = beta1.to(tl.float32) * tl.load(means, mask=mask, other=0.0) + new1 * gradient
-        square = beta2.to(tl.float32) * tl.load(squares, mask=mask, other=0.0) + new2 * gradient * gradient
-        tl.store(means, mean, mask=mask)
-        tl.store(squares, square, mask=mask)
-        step = tl.div_rn(tl.div_rn(mean, correction1 + tl.zeros_like(mean)),
-                         tl.sqrt_rn(tl.div_rn(square, correction2 + tl.zeros_like(square))) + eps)  # fmt: skip
-        weights -= rate * (step + decay * weights)
-    write_row(rows, weights, mask, DTYPE)
+        if OPTIMIZER == _SGD:
+            weights -= rate * gradient
+        elif OPTIMIZER == _ADAGRAD:
+            sums = state[:, None] + columns[None, :]
+            total = tl.load(sums, mask=mask, other=0.0) + gradient * gradient
+            tl.store(sums, total, mask=mask)
+            weights -= tl.div_rn(rate * gradient, tl.sqrt_rn(total) + eps)
+        elif OPTIMIZER == _ROWWISE_ADAGRAD:
+            squares = tl.sum(gradient * gradient, axis=1)
+            total = tl.load(state, mask=active, other=0.0) + tl.div_rn(squares, tl.full([ROWS], DIM, tl.float32))
+            tl.store(state, total, mask=active)
+            weights -= tl.div_rn(rate, tl.sqrt_rn(total)[:, None] + eps) * gradient
+        else:
+            means = state[:, None] + columns[None, :]
+            squares = means + DIM
+            beta1 = _hyperparameter(hyperparameters, table, active, _BETA1)
+            beta2 = _hyperparameter(hyperparameters, table, active, _BETA2)
+            correction1 = tl.load(corrections + table * 2, mask=active, other=1.0)[:, None]
+            correction2 = tl.load(corrections + table * 2 + 1, mask=active, other=1.0)[:, None]
+            new1, new2 = (1.0 - beta1).to(tl.float32), (1.0 - beta2).to(tl.float32)
+            mean = beta1.to(tl.float32) * tl.load(means, mask=mask, other=0.0) + new1 * gradient
+            square = beta2.to(tl.float32) * tl.load(squares, mask=mask, other=0.0) + new2 * gradient * gradient
+            tl.store(means, mean, mask=mask)
+            tl.store(squares, square, mask=mask)
+            step = tl.div_rn(tl.div_rn(mean, correction1 + tl.zeros_like(mean)),
+                             tl.sqrt_rn(tl.div_rn(square, correction2 + tl.zeros_like(square))) + eps)  # fmt: skip
+            weights -= rate * (step + decay * weights)
+        write_row(rows, weights, mask, DTYPE)
+        first += tl.num_programs(0).to(tl.int64) * ROWS
 
 
 def update(
@@ -119,14 +122,14 @@ def update(
     entries = slots.numel()
     if entries == 0:
         return
-    rows = row_tile(layout.dim)
+    rows, warps = row_tile(layout.dim, warps=_WARPS), row_warps(layout.dim, warps=_WARPS)
     adam = layout.optimizer is OptimizerKind.ADAM
     corrections = bias_corrections(hyperparameters, steps) if adam else hyperparameters
     launch(
-        _update_kernel, triton.cdiv(entries, rows), view.addresses, unique.count, unique.tables, slots, unique.order,
-        unique.offsets, float_view(gradients), hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim,
-        COLUMNS=column_tile(layout.dim), ROWS=rows, ROW_BYTES=layout.row_bytes,
-        STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
-        DTYPE=DTYPE_CODES[layout.embedding_dtype], GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype],
-        options=LaunchOptions(row_warps(layout.dim), ADD_ROWS_REGISTERS, enable_fp_fusion=False),
+        _update_kernel, resident_programs(triton.cdiv(entries, rows), slots, warps), view.addresses, unique.count,
+        unique.tables, slots, unique.order, unique.offsets, float_view(gradients), block_sums(gradients, unique),
+        hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
+        ROWS=rows, ROW_BYTES=layout.row_bytes, STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
+        DTYPE=DTYPE_CODES[layout.embedding_dtype], GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype], BLOCK=BLOCK_ROWS,
+        options=LaunchOptions(warps, SUM_ROWS_REGISTERS, enable_fp_fusion=False),
     )  # fmt: skip
