@@ -26,7 +26,7 @@ _BFLOAT16 = tl.constexpr(2)
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 #: Launch option of kernels that call :func:`sum_rows`. Left to itself, ptxas aims at 40 registers and so at full
-#: occupancy, and issues one or two loads at a time; 96 registers hold 16 of them, as the SASS shows, in 21 warps.
+#: occupancy, and issues one or two loads at a time; 96 registers hold 16 of them, as the SASS shows, in 20 warps.
 SUM_ROWS_REGISTERS = 96
 
 

@@ -1,112 +1,100 @@
-"""Ahead-of-time compilation of the Triton kernels, exactly as their launchers would launch them, without a GPU.
+"""What the tests of compiled kernels share: the functions of the package, and those of its launches that are compiled.
 
-Launches are recorded from calls on meta tensors: signature, constants, alignment and options come from the launchers,
-so nothing about them is written down twice. A launcher that read anything back from the device would fail on them.
+The machinery belongs to ``benchmarks/aot.py``, which compiles all launches.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
+import ast
+import functools
+import importlib
+import inspect
+import pkgutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from dynamicemb.kernels.launch import Launch as RawLaunch
-from dynamicemb.kernels.launch import intercepted
+import dynamicemb.kernels
 
-__all__ = ["Launch", "Resources", "compiled", "recorded_launches", "resources"]
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT / "benchmarks") not in sys.path:
+    # `make aot` runs them by path, so they import each other by their bare names.
+    sys.path.insert(0, str(ROOT / "benchmarks"))
 
-_TYPE_NAMES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.uint16: "u16",
-}  # fmt: skip
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+from ahead_of_time.architectures import ARCHITECTURES  # noqa: E402
+from ahead_of_time.configurations import ALL, SOME, group_step, launches_of, width_classes  # noqa: E402
+from ahead_of_time.launches import Launch, recorded_launches  # noqa: E402
+from ahead_of_time.machine_code import MachineCode, compiled, machine_code  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Launch:
-    """One way in which a kernel is launched; equal ones compile to the same code."""
-
-    kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]
-    options: tuple[tuple[str, Any], ...]
-
-    def __str__(self) -> str:
-        constants = ",".join(f"{name}={value}" for name, value in self.constants)
-        return f"{self.kernel.__module__.split('.')[-2]}.{self.kernel.__name__}[{constants}]"
+__all__ = [
+    "ROOT", "Launch", "code_of", "compilations", "every_launch", "functions", "group_step", "kernels", "ptx_of",
+    "recorded_launches", "some_launches", "warps_that_fit", "width_classes",
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one thread needs: registers, and bytes of local memory (spills, or arrays that found no registers)."""
-
-    registers: int
-    stack_bytes: int
-    local_bytes: int
+@functools.cache
+def every_launch() -> list[Launch]:
+    """Each launch of the package."""
+    return launches_of(ALL)
 
 
-def _launch(call: RawLaunch) -> Launch:
-    kernel = call.kernel
-    signature, constants, aligned = {}, {}, []
-    for parameter, value in zip(kernel.params, [*call.arguments, *call.constants.values()], strict=True):
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = call.constants[parameter.name]
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + _TYPE_NAMES[value.dtype]
-            aligned.append(parameter.num)
-        else:
-            assert type(value) is int and parameter.do_not_specialize, f"{kernel.__name__}: {parameter.name}"
-            signature[parameter.name] = "i32"
-    options = tuple(sorted(call.options._asdict().items()))
-    return Launch(kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned), options)
+@functools.cache
+def some_launches() -> list[Launch]:
+    """Those that tests compile: every kernel, optimizer and dtype, the commonest layout and the corners."""
+    return launches_of(SOME)
 
 
-@contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Collects the launches inside the block instead of running them; each distinct one once, in order."""
-    launches: list[Launch] = []
-
-    def record(call: RawLaunch) -> None:
-        assert 0 < call.programs < 2**31, f"{call.kernel.__name__}: {call.programs} programs"
-        launch = _launch(call)
-        if launch not in launches:
-            launches.append(launch)
-
-    with intercepted(record):
-        yield launches
+@functools.cache
+def code_of(launch: Launch, compute_capability: int) -> MachineCode:
+    return machine_code(launch, compute_capability)
 
 
-def compiled(launch: Launch, compute_capability: int) -> Any:
-    """The compiled kernel; its ``asm`` has ``ptx`` and ``cubin``."""
-    source = ASTSource(
-        launch.kernel,
-        dict(launch.signature),
-        dict(launch.constants),
-        {(number,): [["tt.divisibility", 16]] for number in launch.aligned},
-    )
-    target = GPUTarget("cuda", compute_capability, 32)
-    return triton.compile(source, target=target, options=dict(launch.options))
+@functools.cache
+def hungriest() -> list[Launch]:
+    """Of each kernel the launch among :func:`some_launches` with most registers on an H100, then with most code."""
+    most: dict[str, Launch] = {}
+    for launch in sorted(some_launches(), key=lambda launch: (code_of(launch, 90).registers, len(ptx_of(launch)))):
+        most[launch.kernel] = launch
+    return [*most.values()]
 
 
-def resources(cubin: bytes) -> Resources:
-    """What the machine code says about itself, read by the tool in Triton's wheel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report)}
-    return Resources(found["REG"], found["STACK"], found["LOCAL"])
+def compilations() -> Iterator[tuple[Launch, int]]:
+    """What tests look at: :func:`some_launches` for an H100, :func:`hungriest` for A100 and B200, to save minutes."""
+    for compute_capability in ARCHITECTURES:
+        for launch in some_launches() if compute_capability == 90 else hungriest():
+            yield launch, compute_capability
+
+
+def warps_that_fit(registers: int) -> int:
+    """On a multiprocessor of any architecture, with so many registers for each thread, if nothing else limits them."""
+    (warps,) = {architecture.resident_warps(registers, 0, warps=4) for architecture in ARCHITECTURES.values()}
+    return warps
+
+
+def ptx_of(launch: Launch) -> str:
+    """For an H100."""
+    return str(compiled(launch, 90).asm["ptx"])
+
+
+@functools.cache
+def functions() -> dict[str, JITFunction]:
+    """Every ``@triton.jit`` function of the package, by module and name."""
+    found: dict[str, JITFunction] = {}
+    for module in pkgutil.walk_packages(dynamicemb.kernels.__path__, "dynamicemb.kernels."):
+        if "triton" in module.name.rsplit(".", 1)[-1]:
+            members = vars(importlib.import_module(module.name)).values()
+            found |= {f"{item.__module__}.{item.__name__}": item for item in members if isinstance(item, JITFunction)}
+    return found
+
+
+def _called_in(function: JITFunction) -> set[str]:
+    tree = ast.parse(inspect.getsource(function.fn))
+    return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+
+
+def kernels() -> set[str]:
+    """Names of the functions that no other one calls."""
+    called = set().union(*(_called_in(function) for function in functions().values()))
+    return {function.__name__ for function in functions().values()} - called

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
+import itertools
+import json
 import os
-import pkgutil
-from collections.abc import Iterable
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -15,161 +17,176 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("in Triton's interpreter kernels are not compiled", allow_module_level=True)
 
-from triton.runtime.jit import JITFunction
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
-import dynamicemb.kernels
 from dynamicemb.kernels.dedup import dedup
-from dynamicemb.kernels.fill import fill, initial_rows
-from dynamicemb.kernels.find import find
-from dynamicemb.kernels.gather import gather
-from dynamicemb.kernels.hashing import mix64, owners
-from dynamicemb.kernels.insert import insert
-from dynamicemb.kernels.layout import MAX_CHUNKS, OptimizerKind, RowLayout
-from dynamicemb.kernels.segment_sum import segment_sum
-from dynamicemb.kernels.split import split
-from dynamicemb.kernels.update import update
-from dynamicemb.kernels.views import GroupView, InitializerView, UniqueKeys
-from tests.kernels.aot import Launch, compiled, recorded_launches, resources
-
-META = torch.device("meta")
-BATCH, TABLES = 64, 3
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-SGD, ADAGRAD, ROWWISE, ADAM = OptimizerKind
-#: (bucket capacity, dim, row dtype, optimizer, gradient dtype) of whole steps: the common ones and the corners.
-STEPS = [
-    (128, 128, FP32, ADAM, FP32),
-    (128, 64, FP16, ROWWISE, BF16),
-    (8, 4, BF16, ADAGRAD, FP16),
-    (256, 1024, FP32, SGD, FP32),
-]
-#: (dim, row dtype, optimizer, gradient dtype) of further updates: every optimizer, width class and dtype.
-UPDATES = [
-    (4, FP32, SGD, FP32),
-    (20, BF16, ADAM, BF16),
-    (64, FP32, ADAGRAD, FP32),
-    (128, FP32, ROWWISE, FP32),
-    (128, BF16, SGD, FP32),
-    (1024, FP16, ADAM, FP16),
-]
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=META)
-
-
-def group_view(capacity: int, layout: RowLayout) -> GroupView:
-    return GroupView(meta(4, TABLES * MAX_CHUNKS), meta(TABLES, 3), capacity, 2, layout)
-
-
-def update_once(view: GroupView, unique: UniqueKeys, gradient_dtype: torch.dtype) -> None:
-    gradients = meta(BATCH, view.layout.dim, dtype=gradient_dtype)
-    update(view, unique, meta(BATCH), gradients, meta(TABLES, 5, dtype=torch.float64), meta(TABLES))
-
-
-def whole_step(capacity: int, dim: int, dtype: torch.dtype, kind: OptimizerKind, gradient_dtype: torch.dtype) -> None:
-    """Every operation once; find in all three forms."""
-    view = group_view(capacity, RowLayout(dim, dtype, kind))
-    keys, tables = meta(BATCH), meta(BATCH, dtype=torch.int32)
-    init = InitializerView(
-        meta(TABLES), meta(TABLES, dtype=torch.int32), meta(TABLES, 4, dtype=torch.float64), meta(TABLES, dtype=FP32)
-    )
-    unique = dedup(keys, tables, TABLES, 2)
-    segment_sum(meta(BATCH, dim, dtype=gradient_dtype), unique)
-    segment_sum(keys, unique)
-    slots = find(view, unique)
-    find(view, unique, keys)
-    find(view, unique, keys, accumulate=True)
-    insertion = insert(view, unique, slots, keys)
-    fill(view, unique, slots, insertion.status, init)
-    gather(view, slots, unique.inverse)
-    update_once(view, unique, gradient_dtype)
-    initial_rows(keys, tables, init, dim, dtype)
-    split(view, 1, 5)
-
-
-@pytest.fixture(scope="module")
-def launches() -> list[Launch]:
-    with recorded_launches() as recorded:
-        mix64(meta(BATCH))
-        owners(meta(BATCH), 2)
-        for tables in (1, 300, 20_000):  # narrow sort keys of one, two and four bytes
-            unique = dedup(meta(BATCH), meta(BATCH, dtype=torch.int32), tables, 2)
-        for step in STEPS:
-            whole_step(*step)
-        for dim, dtype, kind, gradient_dtype in UPDATES:
-            update_once(group_view(128, RowLayout(dim, dtype, kind)), unique, gradient_dtype)
-    return recorded
-
-
-def functions_called_in(function: JITFunction) -> set[str]:
-    tree = ast.parse(inspect.getsource(function.fn))
-    return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
-
-
-def all_kernels() -> Iterable[JITFunction]:
-    """Every ``@triton.jit`` function of the package that no other one calls."""
-    functions: dict[str, JITFunction] = {}
-    for module in pkgutil.walk_packages(dynamicemb.kernels.__path__, "dynamicemb.kernels."):
-        if module.name.rsplit(".", 1)[-1].startswith("triton"):
-            members = vars(importlib.import_module(module.name)).values()
-            functions.update(
-                {f"{item.__module__}.{item.__name__}": item for item in members if isinstance(item, JITFunction)}
-            )
-    called = set().union(*(functions_called_in(function) for function in functions.values()))
-    return [function for function in functions.values() if function.__name__ not in called]
-
-
-def test_every_kernel_is_launched_above(launches: list[Launch]) -> None:
-    """A new kernel needs a call in :func:`whole_step`, so that the tests below see it."""
-    recorded = {launch.kernel.__name__ for launch in launches}
-    kernels = {kernel.__name__ for kernel in all_kernels()}
-    assert len(kernels) > 10
-    assert kernels == recorded
-
-
-@pytest.mark.parametrize("compute_capability", [80, 90, 100])
-def test_kernels_compile_without_spilling(launches: list[Launch], compute_capability: int) -> None:
-    spilling = []
-    for launch in launches:
-        used = resources(compiled(launch, compute_capability).asm["cubin"])
-        if used.stack_bytes or used.local_bytes:
-            spilling.append(f"{launch}: {used}")
-    assert not spilling, "\n".join(spilling)
-
-
-def ptx_of(launches: list[Launch], name: str, **constants: object) -> str:
-    found = [
-        launch for launch in launches
-        if launch.kernel.__name__ == name and constants.items() <= dict(launch.constants).items()
-    ]  # fmt: skip
-    assert found, f"no launch of {name} with {constants}"
-    return compiled(found[0], 90).asm["ptx"]
-
-
-# Adam stores the row and two states; the 16-bit row of 20 columns in its second line takes 8 bytes for each thread.
-@pytest.mark.parametrize(
-    ("kernel", "constants", "loads", "stores"),
-    [
-        ("_gather_kernel", {"DIM": 128}, 1, 1),
-        ("_gather_kernel", {"DIM": 64, "DTYPE": 1}, 1, 2),
-        ("_update_kernel", {"DIM": 128, "OPTIMIZER": int(ADAM)}, 4, 3),
-        ("_update_kernel", {"DIM": 20, "OPTIMIZER": int(ADAM)}, 2, 2),
-        ("_sum_rows_kernel", {"DIM": 128}, 20, 1),
-        ("_split_kernel", {"CAPACITY": 128}, 1, 1),
-        ("_find_kernel", {"CAPACITY": 128}, 1, 0),
-    ],
+from dynamicemb.kernels.engine import ENGINE_VARIABLE
+from dynamicemb.kernels.hashing import mix64
+from dynamicemb.kernels.launch import Launch as Call
+from dynamicemb.kernels.launch import intercepted
+from dynamicemb.kernels.layout import OptimizerKind, RowLayout
+from dynamicemb.options import BUCKET_CAPACITIES, EMBEDDING_DTYPES, DynamicEmbEvictStrategy
+from tests.kernels import toy_kernels
+from tests.kernels.aot import (
+    ROOT,
+    Launch,
+    code_of,
+    compilations,
+    every_launch,
+    group_step,
+    kernels,
+    ptx_of,
+    recorded_launches,
+    some_launches,
+    warps_that_fit,
+    width_classes,
 )
-def test_lines_and_rows_move_128_bits_at_a_time(
-    launches: list[Launch], kernel: str, constants: dict[str, object], loads: int, stores: int
-) -> None:
-    ptx = ptx_of(launches, kernel, **constants)
-    assert ptx.count("ld.global.v4.b32") >= loads
-    assert ptx.count("st.global.v4.b32") >= stores
+from tests.kernels.registers import CEILINGS
+
+#: Names a folder with another Triton; see the test that uses it.
+OTHER_TRITON_VARIABLE = "DYNAMICEMB_OTHER_TRITON"
+#: Warps are added to a multiprocessor in equal numbers for its four quarters. Compilers differ by a step.
+STEP_OF_WARPS = 4
+#: Row tiles that a kernel reads and writes at least, where everything is float32. An update reads gradients and rows.
+ROW_TRAFFIC = {
+    "_gather_kernel": (1, 1),
+    "_block_sums_kernel": (1, 1),
+    "_sum_rows_kernel": (1, 1),
+    "_update_kernel": (2, 1),
+    "_fill_kernel": (0, 1),
+    "_initial_rows_kernel": (0, 1),
+    "_split_kernel": (1, 1),
+}
+
+
+def test_every_kernel_is_compiled() -> None:
+    """A kernel that nothing here launches is launched by nothing in the package either, or needs a call in
+    ``configurations.py``."""
+    assert len(kernels()) > 10
+    assert {launch.kernel for launch in some_launches()} == kernels()
+    assert set(some_launches()) < set(every_launch())
+
+
+def test_no_combination_of_choices_launches_anything_else() -> None:
+    """Choices are not multiplied where they do not meet; this multiplies some of them. Splits have both a capacity and
+    a row width, and are known to be listed in part."""
+    choices = itertools.product(
+        width_classes(), EMBEDDING_DTYPES, OptimizerKind, BUCKET_CAPACITIES, DynamicEmbEvictStrategy, (1, 700, 70_000)
+    )
+    chosen = random.Random(0).sample(list(choices), 60)
+    with recorded_launches() as launches:
+        for dim, dtype, optimizer, capacity, strategy, batch in chosen:
+            group_step(RowLayout(dim, dtype, optimizer), capacity, strategy, batch)
+    assert len(launches) > 200
+    assert {launch.kernel for launch in set(launches) - set(every_launch())} <= {"_split_kernel"}
+
+
+def test_kernels_are_compiled_as_a_launch_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own reading of the arguments, host tensors in place of those of a GPU, gives what is compiled here."""
+    calls: list[Call] = []
+    monkeypatch.setenv(ENGINE_VARIABLE, "triton")
+    with intercepted(calls.append):
+        dedup(mix64(torch.arange(1000)), torch.zeros(1000, dtype=torch.int32), 3, 2)
+        toy_kernels.launch(toy_kernels.scale_kernel, 1, torch.zeros(4), torch.zeros(4), 2**31, TILE=4)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    assert calls
+    for call in calls:
+        kernel, ours = call.kernel, Launch.of(call)
+        keywords: dict[str, Any] = {**call.constants, **call.options._asdict()}
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*call.arguments, **keywords)
+        options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+        assert signature == dict(ours.signature)
+        assert {kernel.arg_names[number]: value for (number,), value in constants.items()} == dict(ours.constants)
+        assert {number: values for number, values in attributes.items() if values} == ours.attributes
+        assert options == backend.parse_options(dict(ours.options))
+
+
+def test_no_kernel_spills() -> None:
+    codes = {(str(launch), architecture): code_of(launch, architecture) for launch, architecture in compilations()}
+    assert {architecture for _, architecture in codes} == {80, 90, 100}
+    assert not {where: code.spilled_bytes for where, code in codes.items() if code.spilled_bytes}
+
+
+def test_registers_stay_below_ceilings() -> None:
+    """And close: a kernel for which more warps fit than its ceiling and one step ask for has earned a lower one."""
+    most = dict.fromkeys(sorted(kernels()), 0)
+    for launch, architecture in compilations():
+        most[launch.kernel] = max(most[launch.kernel], code_of(launch, architecture).registers)
+    assert most.keys() == CEILINGS.keys()
+    for kernel, used in most.items():
+        assert used <= CEILINGS[kernel].registers, kernel
+        assert warps_that_fit(used) <= CEILINGS[kernel].warps + STEP_OF_WARPS, kernel
+
+
+def moves_rows(launch: Launch) -> bool:
+    return not {"DIM", "ROW_BYTES"}.isdisjoint(dict(launch.constants))
+
+
+def row_tile_and_width(launch: Launch, threads: int) -> tuple[int, int]:
+    """Bytes of the narrowest rows that a program works on at a time, and how many of them one instruction can move.
+
+    16, or less where a thread has less of the tile (four columns of a 16-bit row; a single narrow row), or where a mask
+    cuts rows at other places: the power of two in their number of columns.
+    """
+    constants = dict(launch.constants)
+    if launch.kernel == "_split_kernel":
+        return constants["SLOTS"] * constants["WORDS"] * 4, 16
+    value_bytes = 2 if constants.get("DTYPE", 0) or constants.get("GRADIENT_DTYPE", 0) else 4
+    tile_bytes = constants.get("ROWS", 1) * constants["COLUMNS"] * value_bytes
+    return tile_bytes, min(16, tile_bytes // threads, (constants["DIM"] & -constants["DIM"]) * value_bytes)
+
+
+def test_every_kernel_that_moves_rows_is_covered() -> None:
+    assert {launch.kernel for launch in some_launches() if moves_rows(launch)} == ROW_TRAFFIC.keys()
+
+
+@pytest.mark.parametrize("kernel", ROW_TRAFFIC)
+def test_rows_move_128_bits_at_a_time(kernel: str) -> None:
+    """The instructions that are as wide as can be are enough for all of a tile."""
+    loaded, stored = ROW_TRAFFIC[kernel]
+    for launch in (launch for launch in some_launches() if launch.kernel == kernel):
+        code = code_of(launch, 90)
+        threads = 32 * code.warps
+        tile_bytes, widest = row_tile_and_width(launch, threads)
+        for accesses, tiles in ((code.loads, loaded), (code.stores, stored)):
+            moved = sum(width * count for width, count in accesses if width >= widest)
+            assert moved * threads >= tiles * tile_bytes, f"{launch}: {accesses}"
 
 
 @pytest.mark.parametrize("kernel", ["_fill_kernel", "_initial_rows_kernel", "_update_kernel"])
-def test_arithmetic_is_not_fused(launches: list[Launch], kernel: str) -> None:
+def test_arithmetic_is_not_fused(kernel: str) -> None:
     """A fused multiply-add rounds once where the CPU engine rounds twice."""
-    ptx = ptx_of(launches, kernel)
-    assert "fma.rn" not in ptx
-    assert ".ftz" not in ptx and ".approx" not in ptx and "div.full" not in ptx
+    for launch in some_launches():
+        if launch.kernel == kernel:
+            ptx = ptx_of(launch)
+            assert "fma.rn" not in ptx
+            assert ".ftz" not in ptx and ".approx" not in ptx and "div.full" not in ptx
+
+
+def other_triton() -> Optional[Path]:
+    """A folder with a Triton that is not the environment's: a given one, or what ``make test`` puts beside it."""
+    given = os.environ.get(OTHER_TRITON_VARIABLE)
+    folders = [Path(given).absolute()] if given else Path(sys.prefix).glob("triton-*[0-9]")
+    return next((folder for folder in folders if (folder / "triton").is_dir()), None)
+
+
+def test_kernels_compile_with_another_triton(tmp_path: Path) -> None:
+    """The oldest version that is allowed, in a folder of its own (``pip install --no-deps --target FOLDER``)."""
+    folder = other_triton()
+    if folder is None:
+        pytest.skip(f"no other Triton in {sys.prefix}/triton-*; {OTHER_TRITON_VARIABLE} names another folder")
+    command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), "--quick", "--architecture", "90"]
+    paths = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [*command, "--processes", "1", "--output", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, f"{run.stdout[-4000:]}\n{run.stderr[-4000:]}"
+    (file,) = tmp_path.glob("*.json")
+    result = json.loads(file.read_text())
+    assert result["triton"] != triton.__version__
+    assert result["kernels"].keys() == kernels()

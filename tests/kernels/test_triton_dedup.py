@@ -165,7 +165,7 @@ def test_keys_that_share_a_prefix_at_every_place_of_a_tile(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_runs(seed: int) -> None:
     generator = random.Random(seed)
     runs = []
@@ -177,7 +177,7 @@ def test_any_runs(seed: int) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("stranger_at", [0, 1, 15, 16, 17, 270, 300, 319])
+@pytest.mark.parametrize("stranger_at", [0, 15, 16, 300, 319])
 def test_a_run_of_more_tiles_than_a_tile_has_lanes(stranger_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_dedup, "_CHUNK", 256)
     run = [9] * 320

@@ -106,16 +106,29 @@ def test_runs_that_meet_windows_and_tiles(capacity: int, lengths: list[int]) -> 
     insert_on_both(pair, anew, tables, torch.tensor([3, 2, 4]), padding=400)
 
 
-@pytest.mark.parametrize("missing_after", [0, 1, 127, 128, 129, 255, 256])
-def test_one_missing_key_among_found_ones(missing_after: int) -> None:
-    """A program that looked past it would leave it out: buckets of 128 slots, full but for one, and one new key."""
+# Tiles of 128 keys begin at 0, 128 and 256. The second bucket begins in the first one and ends in the second.
+@pytest.mark.parametrize("missing", [0, 99, 100, 127, 128, 227, 228, 255, 256, 327])
+def test_one_missing_key_among_found_ones(missing: int) -> None:
+    """A program that looked past it would leave it out."""
     pair = single_buckets(128, 3)
-    keys, tables = runs([128, 128, 128])
+    keys, tables = runs([100, 128, 100])
     with engine("cpu"):
-        place = dedup(keys, tables, 3, 1).inverse == missing_after
-    fill(pair, keys[~place], tables[~place], torch.tensor([1]))
-    assert insert_on_both(pair, keys, tables, torch.tensor([1]), padding=1) == [383, 1, 0, 0]
-    assert insert_on_both(pair, keys, tables, torch.tensor([1]), padding=1) == [384, 0, 0, 0]
+        place = dedup(keys, tables, 3, 1).inverse
+    fill(pair, keys[place != missing], tables[place != missing], torch.tensor([1]))
+    assert insert_on_both(pair, keys, tables, torch.tensor([1]), padding=1) == [327, 1, 0, 0]
+    assert insert_on_both(pair, keys, tables, torch.tensor([1]), padding=1) == [328, 0, 0, 0]
+
+
+def test_a_program_with_several_tiles() -> None:
+    """More tiles than the interpreter has programs; a miss in a program's first tile, and one in a second."""
+    pair = Twins([TableGeometry.create(2**15, 2**15, 8)], LAYOUT)
+    keys = torch.arange(8500)
+    tables = torch.zeros(8500, dtype=torch.int32)
+    with engine("cpu"):
+        place = dedup(keys, tables, 1, 1).inverse
+    old = (place != 3) & (place != 8000)
+    fill(pair, keys[old], tables[old], torch.tensor([1]))
+    assert insert_on_both(pair, keys, tables, torch.tensor([2]), padding=1) == [8498, 2, 0, 0]
 
 
 @pytest.mark.parametrize("capacity", [8, 16, 32, 64, 128, 256])
@@ -126,6 +139,24 @@ def test_victims_by_extreme_scores(capacity: int) -> None:
     for first_key in (1000, 2000):
         batch = runs([capacity // 4, 3], first_key)
         assert insert_on_both(pair, *batch, EXTREME_SCORES[:4]) == [0, 0, capacity // 4 + 3, 0]
+
+
+@pytest.mark.parametrize("capacity", [16, 64, 128, 256])
+def test_more_full_buckets_in_a_window_than_rows(capacity: int) -> None:
+    """One or two new keys for each bucket, and up to two that are found."""
+    generator = random.Random(capacity)
+    pair = single_buckets(capacity, 60)
+    fill(pair, *runs([capacity] * 60), EXTREME_SCORES)
+    keys, tables = [], []
+    for table in range(60):
+        new = generator.randrange(1, 3)
+        keys += [*generator.sample(range(capacity), generator.randrange(3)), *range(1000, 1000 + new)]
+        tables += [table] * (len(keys) - len(tables))
+    found, inserted, replaced, refused = insert_on_both(
+        pair, torch.tensor(keys), torch.tensor(tables, dtype=torch.int32), EXTREME_SCORES[1:], padding=7
+    )
+    assert (found + replaced, inserted, refused) == (len(keys), 0, 0)
+    assert found > 30 and replaced > 60
 
 
 @pytest.mark.parametrize("capacity", [8, 128])

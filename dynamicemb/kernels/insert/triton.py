@@ -1,18 +1,16 @@
 """Insertion and eviction on the GPU. The keys of a bucket are neighbours in the batch; one program owns all of them.
 
-A program is one warp. It owns the buckets whose first key, the head, lies in a tile of the batch; the keys of the last
-one may run past it. If none is missing, one look at the slots is all. Otherwise the program goes over the tile in
-windows of a key for each lane, and takes the window's buckets that miss a key as rows of registers: 8 buckets of 128
-slots, or as many as have 1024 together. The digest lines of all rows are read at once, then the score lines of those
-that are full, and each round of a loop finds a slot for the next missing key of every row.
+A program is one warp. It owns the buckets whose first key, the head, lies in its tile; the keys of the last one may run
+past it. If none is missing, a look at the slots is all. Otherwise it goes over the tile in windows of a key for each
+lane, and takes those of the window's buckets that miss a key as rows of registers: 8 buckets of 128 slots. All rows'
+digests are read at once, then the scores of full ones, and each round finds a place for every row's next missing key.
 
 32 lanes hold 64 slots, two each, so a row has ``COLUMNS = 64 // ROWS`` columns and ``STRIPES = CAPACITY // COLUMNS``
-stripes: slot ``stripe * COLUMNS + column``, and a load of 128 bits for each lane and stripe. Minima over stripes need
-no exchange between lanes, and those over columns few. Sets of slots are a bit for each stripe in an int32
-[ROWS, COLUMNS].
+stripes: place ``stripe * COLUMNS + column`` of the bucket, and a load of 128 bits for each lane and stripe. Minima over
+stripes need no exchange between lanes. A set of places is an int32 [ROWS, COLUMNS] with a bit for each stripe.
 
-No atomics: no other program reads or writes the bucket, or writes the entries of its keys. No barriers: nothing that
-this program wrote is read again. Slots that it filled are blocked, and what memory says about those is ignored.
+No atomics: no other program touches the bucket or writes the entries of its keys. No barriers: nothing that this
+program wrote is read again. Places that it filled are blocked, and what memory says about those is ignored.
 """
 
 from __future__ import annotations
@@ -40,31 +38,30 @@ _REPLACED = tl.constexpr(int(KeyStatus.REPLACED))
 _REFUSED = tl.constexpr(int(KeyStatus.REFUSED))
 _GREATEST_SCORE = tl.constexpr(2**63 - 1)
 
-#: Keys that a program looks at together: one for each lane.
+#: Keys of a window: one for each lane.
 _WINDOW = tl.constexpr(32)
-#: Added to the place of a key that takes the slot of another.
-_EVICTS = tl.constexpr(512)
+#: Instead of a place, for a key that needs none; and added to the place of a key that takes the slot of another.
+_NOT_MISSING, _EVICTS = tl.constexpr(-2), tl.constexpr(512)
 
-# Entries that a program looks at: a tile and as many after it as a bucket has slots.
+# Entries that a program looks at: those of a tile, and as many after it as a bucket has slots.
 _LOOK = 256
-_SLOTS_OF_ROWS = 1024
+_SLOTS_OF_ROWS = 1024  # 16 stripes
 # 64 of the registers hold scores. 128 leave 16 warps on an SM; below 96, for the next four, they would go to memory.
 _OPTIONS = LaunchOptions(num_warps=1, maxnreg=128)
 
 
 @triton.jit
-def _buckets_from(first, entries, keys, tables, geometry, world_size, CAPACITY: tl.constexpr):
-    """Handle of the first slot of the bucket of each key of the window from entry ``first``; −1 outside the batch."""
-    lanes = tl.arange(0, _WINDOW)
-    inside = (lanes >= tl.maximum(-first, 0).to(tl.int32)) & (lanes < tl.minimum(entries - first, _WINDOW).to(tl.int32))
-    mixed = mix(tl.load(keys + first + lanes, mask=inside, other=0))
-    table = tl.load(tables + first + lanes, mask=inside, other=0)
+def _buckets_of(entry, left, keys, tables, geometry, world_size, CAPACITY: tl.constexpr):
+    """Handle of the first slot of each entry's bucket; −1 before the batch, and for lanes from ``left`` on."""
+    inside = (tl.arange(0, _WINDOW) < left) & (entry >= 0)
+    mixed = mix(tl.load(keys + entry, mask=inside, other=0))
+    table = tl.load(tables + entry, mask=inside, other=0)
     return tl.where(inside, bucket_slot(geometry, mixed, table, world_size, inside, CAPACITY), -1)
 
 
 @triton.jit
 def _marks(row, slot, CAPACITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The bits of the slots of a window's keys, each in its row; none for keys of row −1. int32 [ROWS, COLUMNS]."""
+    """The set of the slots of a window's keys, each in its row; none for row −1."""
     place = (slot & (CAPACITY - 1)).to(tl.int32)
     cell = row * COLUMNS + place % COLUMNS
     bit = tl.full([_WINDOW], 1, tl.int32) << (place // COLUMNS)
@@ -74,19 +71,19 @@ def _marks(row, slot, CAPACITY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.co
 
 @triton.jit
 def _marks_of_bucket(
-    bucket, first, entries, keys, tables, slots, geometry, world_size, CAPACITY: tl.constexpr, ROWS: tl.constexpr,
+    bucket, entry, left, keys, tables, slots, geometry, world_size, CAPACITY: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """:func:`_marks` of all keys of one bucket, which begins at entry ``first``, in row 0."""
-    lanes = tl.arange(0, _WINDOW)
+    """:func:`_marks` of the keys of a bucket, all in row 0; ``entry`` is the first window that has any."""
     marks = tl.zeros([ROWS, COLUMNS], tl.int32)
-    members = _WINDOW
-    while members == _WINDOW:
-        member = _buckets_from(first, entries, keys, tables, geometry, world_size, CAPACITY) == bucket
-        slot = tl.load(slots + first + lanes, mask=member, other=-1)
+    more = 1
+    while more > 0:
+        member = _buckets_of(entry, left, keys, tables, geometry, world_size, CAPACITY) == bucket
+        slot = tl.load(slots + entry, mask=member, other=-1)
         marks += _marks(tl.where(slot >= 0, 0, -1), slot, CAPACITY, ROWS, COLUMNS)
-        members = tl.sum(member.to(tl.int32), axis=0)
-        first += _WINDOW
+        more = tl.max((member & (tl.arange(0, _WINDOW) == _WINDOW - 1)).to(tl.int32), axis=0)
+        entry += _WINDOW
+        left -= _WINDOW
     return marks
 
 
@@ -113,7 +110,7 @@ def _empty_slots(lines, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIPES
 
 @triton.jit
 def _number_of(bits):
-    """How many of 16 bits are set."""
+    """How many of the lower 16 bits are set; the others are not."""
     bits -= (bits >> 1) & 0x5555
     bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
     bits = (bits + (bits >> 4)) & 0x0F0F
@@ -152,20 +149,19 @@ def _place_keys(
     addresses, chunks, bucket, slot, head, row, blocked, kept, CAPACITY: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A place in its bucket for each missing key of a window's rows: −1 if there is none, more than _EVICTS if a key
-    gives way. And ``blocked``, with these places. All but ``blocked`` have one value for each lane; ``row`` is −1 for
-    keys that are not served now. ``kept``: ``blocked`` has the places of the found keys already."""
+    """A place for each missing key of a window's rows (−1: none; plus _EVICTS if a key gives way), and ``blocked`` with
+    these places. ``row`` is −1 for keys that are not served now. ``blocked`` has the found keys' places if ``kept``."""
     STRIPES: tl.constexpr = CAPACITY // COLUMNS
     ALL: tl.constexpr = (1 << STRIPES) - 1
-    lanes = tl.arange(0, _WINDOW)
-    rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]
     missing = (row >= 0) & (slot < 0)
     # Missing keys are called by their order: those of a row are ``turn`` to ``last``. One sum tells each row how many
     # it has, the lane of its head, and how many come before.
     order = tl.cumsum(missing.to(tl.int32), 0)
-    told = (missing.to(tl.int32) << 16) + tl.where(head, (lanes << 8) + order - missing.to(tl.int32), 0)
-    told = tl.sum(tl.where(row[:, None] == rows[None, :], told[:, None], 0), axis=0)
+    told = (missing.to(tl.int32) << 16) + tl.where(head, (tl.arange(0, _WINDOW) << 8) + order - missing.to(tl.int32), 0)
+    order = tl.where(missing, order, 0)
+    row_or_any = tl.maximum(row, 0)
+    told = tl.sum(tl.where(row[:, None] == tl.arange(0, ROWS)[None, :], told[:, None], 0), axis=0)
     turn = (told & 255) + 1
     last = turn + (told >> 16) - 1
     here = tl.gather(bucket, (told >> 8) & 255, 0)
@@ -190,7 +186,7 @@ def _place_keys(
         scores += (tl.load(stripes, mask=scarce[:, None], other=0),)  # type: ignore[assignment]
 
     # Each round finds a place for the next missing key of every row.
-    chosen = tl.full([_WINDOW], -1, tl.int32)
+    chosen = tl.where(missing, -1, _NOT_MISSING)
     waiting = 1
     while waiting > 0:
         place = tl.full([ROWS], CAPACITY, tl.int32)
@@ -200,33 +196,32 @@ def _place_keys(
             victim = _victim(scores, blocked, CAPACITY, COLUMNS, STRIPES) + _EVICTS
             place = tl.where(place == CAPACITY, victim, place)
         placed = active & (turn <= last) & ((place & (_EVICTS - 1)) < CAPACITY)
-        ticket = tl.gather(tl.where(placed, (turn << 16) | place, 0), tl.where(missing, row, 0), 0)
+        ticket = tl.gather(tl.where(placed, (turn << 16) | place, 0), row_or_any, 0)
         called = ticket >> 16
-        chosen = tl.where(missing & (order == called), ticket & 0xFFFF, chosen)
+        chosen = tl.where((called > 0) & (order == called), ticket & 0xFFFF, chosen)
         place = tl.where(placed, place & (CAPACITY - 1), CAPACITY)[:, None]
         blocked |= tl.where(place % COLUMNS == columns, (1 << (place // COLUMNS)) & ALL, 0)
         turn += 1
-        waiting = tl.max((missing & (called > 0) & (order > called)).to(tl.int32), axis=0)
+        waiting = tl.max(((called > 0) & (order > called)).to(tl.int32), axis=0)
     return chosen, blocked
 
 
 @triton.jit
 def _serve_tile(
-    addresses, geometry, entries, keys, tables, scores, slots, status, evicted_keys, evicted_scores, begin, stop,
-    chunks, world_size, CAPACITY: tl.constexpr, ROWS: tl.constexpr,
+    addresses, geometry, keys, tables, scores, slots, status, evicted_keys, evicted_scores, at, left, chunks,
+    world_size, CAPACITY: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Inserts the missing keys of all buckets whose first key is one of the entries from ``begin`` to ``stop``."""
+    """Inserts what is missing of buckets whose head is one of ``TILE`` entries from ``at``, ``left`` before the end."""
     COLUMNS: tl.constexpr = 64 // ROWS
     lanes = tl.arange(0, _WINDOW)
     blocked = tl.zeros([ROWS, COLUMNS], tl.int32)
-    at = begin
+    left_of_tile = tl.minimum(left, TILE)
     resumed = 0  # 1 if the window goes on with the bucket of the one before
-    while (at < stop) | (resumed > 0):
-        # Number the buckets that begin in the window from 1. Lane 0 has the key before it, which is served already or
-        # not this program's.
-        first = at - 1
-        bucket = _buckets_from(first, entries, keys, tables, geometry, world_size, CAPACITY)
-        slot = tl.load(slots + first + lanes, mask=bucket >= 0, other=0)
+    while (left_of_tile > 0) | (resumed > 0):
+        # Number the buckets that begin in the window. Lane 0 has the key before it: served, or another program's.
+        entry = at - 1 + lanes
+        bucket = _buckets_of(entry, left + 1, keys, tables, geometry, world_size, CAPACITY)
+        slot = tl.load(slots + entry, mask=bucket >= 0, other=0)
         head = (bucket >= 0) & (lanes > 0) & (bucket != tl.gather(bucket, tl.maximum(lanes - 1, 0), 0))
         resumed = tl.where(tl.max((head & (lanes == 1)).to(tl.int32), axis=0) > 0, 0, resumed)
         head |= (lanes == 1) & (resumed > 0)
@@ -234,20 +229,23 @@ def _serve_tile(
 
         # A bucket that the window may cut off is left to the next one, which begins with it. One that fills the window
         # from its first key on is long, and takes one window after the other for itself.
-        cut = (first + _WINDOW < entries).to(tl.int32)
-        own = tl.sum((head & (lanes < tl.minimum(stop - first, _WINDOW).to(tl.int32))).to(tl.int32), axis=0)
+        cut = (left >= _WINDOW).to(tl.int32)
+        own = tl.sum((head & (lanes <= left_of_tile)).to(tl.int32), axis=0)
         long = (cut > 0) & (tl.sum(tl.where(head, lanes, 0), axis=0) == 1) & (own + resumed > 0)
         kept = long | (resumed > 0)
         last_number = tl.where(kept, 1, tl.minimum(own, tl.max(number, axis=0) - cut))
         served = (bucket >= 0) & (number > 0) & (number <= last_number)
         first_number = tl.min(tl.where(served & (slot < 0), number, _WINDOW), axis=0)
         next_number = tl.minimum(first_number + ROWS, last_number + 1)
-        at += tl.min(tl.where(head & (number == next_number), lanes, _WINDOW), axis=0) - 1
+        done = tl.min(tl.where(head & (number == next_number), lanes, _WINDOW), axis=0) - 1
         if long & (resumed == 0):
             this = tl.max(tl.where(lanes == 1, bucket, -1), axis=0)
             blocked = _marks_of_bucket(
-                this, first + 1, entries, keys, tables, slots, geometry, world_size, CAPACITY, ROWS, COLUMNS
+                this, entry, left + 1, keys, tables, slots, geometry, world_size, CAPACITY, ROWS, COLUMNS
             )
+        at += done
+        left -= done
+        left_of_tile -= done
         resumed = long.to(tl.int32)
 
         if first_number <= last_number:
@@ -255,22 +253,24 @@ def _serve_tile(
             chosen, blocked = _place_keys(
                 addresses, chunks, bucket, slot, head, row, blocked, kept, CAPACITY, ROWS, COLUMNS
             )
-            missing = (row >= 0) & (slot < 0)
             taken = chosen >= 0
             replaced = chosen >= _EVICTS
             slot = bucket + (chosen & (CAPACITY - 1))
             key_at = key_pointers(addresses, chunks, slot, taken)
             score_at = score_pointers(addresses, chunks, slot, taken)
-            key = tl.load(keys + first + lanes, mask=taken, other=0)
-            score = tl.load(scores + first + lanes, mask=taken, other=0)
-            tl.store(evicted_keys + first + lanes, tl.load(key_at, mask=replaced, other=0), mask=replaced)
-            tl.store(evicted_scores + first + lanes, tl.load(score_at, mask=replaced, other=0), mask=replaced)
-            tl.store(digest_pointers(addresses, chunks, slot, taken), digest_of(mix(key)), mask=taken)
+            digest_at = digest_pointers(addresses, chunks, slot, taken)
+            evicted_key = tl.load(key_at, mask=replaced, other=0)
+            evicted_score = tl.load(score_at, mask=replaced, other=0)
+            key = tl.load(keys + entry, mask=taken, other=0)
+            score = tl.load(scores + entry, mask=taken, other=0)
+            tl.store(evicted_keys + entry, evicted_key, mask=replaced)
+            tl.store(evicted_scores + entry, evicted_score, mask=replaced)
+            tl.store(digest_at, digest_of(mix(key)), mask=taken)
             tl.store(key_at, key, mask=taken)
             tl.store(score_at, score, mask=taken)
-            tl.store(slots + first + lanes, slot, mask=taken)
+            tl.store(slots + entry, slot, mask=taken)
             outcome = tl.where(taken, tl.where(replaced, _REPLACED, _INSERTED), _REFUSED)
-            tl.store(status + first + lanes, outcome.to(tl.int8), mask=missing)
+            tl.store(status + entry, outcome.to(tl.int8), mask=chosen != _NOT_MISSING)
 
 
 @triton.jit(do_not_specialize=["chunks", "world_size"])
@@ -279,20 +279,20 @@ def _insert_kernel(
     CAPACITY: tl.constexpr, LOOK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = LOOK - CAPACITY
-    entries = tl.load(count)
+    ahead = tl.arange(0, LOOK)
     begin = tl.program_id(0).to(tl.int64) * TILE
-    while begin < entries:
+    left = tl.minimum(tl.load(count) - begin, 2**30).to(tl.int32)
+    while left > 0:
         # Misses of the tile's buckets lie in it or among the CAPACITY keys after it: no bucket has more keys that were
         # found. One there may be another program's and get its slot meanwhile, which does not matter.
-        ahead = tl.arange(0, LOOK)
-        inside = ahead < tl.minimum(entries - begin, LOOK).to(tl.int32)
-        slot = tl.load(slots + begin + ahead, mask=inside, other=0)
+        slot = tl.load(slots + (begin + ahead), mask=ahead < left, other=0)
         if tl.max((slot < 0).to(tl.int32), axis=0) > 0:
             _serve_tile(
-                addresses, geometry, entries, keys, tables, scores, slots, status, evicted_keys, evicted_scores, begin,
-                tl.minimum(begin + TILE, entries), chunks, world_size, CAPACITY, ROWS,
+                addresses, geometry, keys, tables, scores, slots, status, evicted_keys, evicted_scores, begin,
+                left, chunks, world_size, CAPACITY, ROWS, TILE,
             )  # fmt: skip
         begin += tl.num_programs(0).to(tl.int64) * TILE
+        left = tl.minimum(tl.load(count) - begin, 2**30).to(tl.int32)
 
 
 def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: torch.Tensor) -> Insertion:

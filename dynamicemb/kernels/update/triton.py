@@ -42,6 +42,8 @@ _BETA2 = tl.constexpr(int(HyperparameterColumn.BETA2))
 _WEIGHT_DECAY = tl.constexpr(int(HyperparameterColumn.WEIGHT_DECAY))
 # One warp for a key, so that none waits for another one's duplicates.
 _WARPS = 1
+# Adam's states beside the conversion of 16-bit rows: with the 96 that sums ask for, one value goes to memory.
+_REGISTERS_OF_16_BIT_ROWS = 104
 
 
 @triton.jit
@@ -125,11 +127,12 @@ def update(
     rows, warps = row_tile(layout.dim, warps=_WARPS), row_warps(layout.dim, warps=_WARPS)
     adam = layout.optimizer is OptimizerKind.ADAM
     corrections = bias_corrections(hyperparameters, steps) if adam else hyperparameters
+    registers = SUM_ROWS_REGISTERS if layout.embedding_dtype is torch.float32 else _REGISTERS_OF_16_BIT_ROWS
     launch(
         _update_kernel, resident_programs(triton.cdiv(entries, rows), slots, warps), view.addresses, unique.count,
         unique.tables, slots, unique.order, unique.offsets, float_view(gradients), block_sums(gradients, unique),
         hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
         ROWS=rows, ROW_BYTES=layout.row_bytes, STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
         DTYPE=DTYPE_CODES[layout.embedding_dtype], GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype], BLOCK=BLOCK_ROWS,
-        options=LaunchOptions(warps, SUM_ROWS_REGISTERS, enable_fp_fusion=False),
+        options=LaunchOptions(warps, registers, enable_fp_fusion=False),
     )  # fmt: skip

@@ -1,0 +1,47 @@
+"""How many warps of each kernel a multiprocessor must have registers for, and so how many registers a thread may take.
+
+All architectures have as many registers: with up to 32 for each thread there is room for 64 warps, with 40 for 48, with
+48 for 40, with 56 for 36, with 64 for 32, with 80 for 24, with 96 for 20, with 128 for 16, with 168 for 12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.kernels.aot import warps_that_fit
+
+__all__ = ["CEILINGS", "Ceiling"]
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A kernel's hungriest configuration leaves room for ``warps`` on each architecture."""
+
+    warps: int
+    reason: str
+
+    @property
+    def registers(self) -> int:
+        """The most that a thread may take."""
+        return max(number for number in range(8, 256, 8) if warps_that_fit(number) >= self.warps)
+
+
+CEILINGS = {
+    "_mix_kernel": Ceiling(64, "one pass over memory: as many loads under way as there can be"),
+    "_owner_kernel": Ceiling(64, "as for _mix_kernel"),
+    "_prefix_kernel": Ceiling(48, "one pass over memory, with a division"),
+    "_compare_kernel": Ceiling(28, "two positions, keys and tables for each of four places"),
+    "_settle_kernel": Ceiling(16, "works only where prefixes of different keys are equal"),
+    "_number_kernel": Ceiling(20, "a scan holds all 16 values of a thread until their sum is known"),
+    "_find_kernel": Ceiling(36, "programs are one warp, and no more than 32 of them fit"),
+    "_insert_kernel": Ceiling(16, "a warp holds 1,024 slots of buckets, 64 registers of them scores"),
+    "_fill_kernel": Ceiling(12, "as it asks for: divisions in float64 are subroutines with registers of their own"),
+    "_tally_kernel": Ceiling(40, "eight keys for each thread, and four sums"),
+    "_gather_kernel": Ceiling(40, "64 bytes of rows under way in each thread, and their addresses"),
+    "_block_sums_kernel": Ceiling(20, "as for _sum_rows_kernel"),
+    "_update_kernel": Ceiling(16, "as it asks for: 16 gradients under way; 20 with rows of float32"),
+    "_initial_rows_kernel": Ceiling(16, "as for _fill_kernel, without slots and states"),
+    "_split_kernel": Ceiling(48, "copies"),
+    "_segment_difference_kernel": Ceiling(64, "one pass over memory"),
+    "_sum_rows_kernel": Ceiling(20, "as it asks for: 16 rows under way in each thread"),
+}
