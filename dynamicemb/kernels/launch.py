@@ -22,8 +22,8 @@ __all__ = ["POINTER_ALIGNMENT", "Launch", "LaunchOptions", "intercepted", "launc
 POINTER_ALIGNMENT = 16
 
 
-# What an SM holds at once, on every NVIDIA GPU since Ampere: 64 warps, in 32 programs.
-_WARPS_PER_SM, _PROGRAMS_PER_SM = 64, 32
+# What an SM holds at once, on every NVIDIA data-centre GPU since Ampere: 64 warps, in 32 programs.
+_WARPS_PER_SM, _PROGRAMS_PER_SM, _REGISTERS_PER_SM, _THREADS_PER_WARP = 64, 32, 65536, 32
 #: SMs where there are none: in Triton's interpreter, so that a program has several tiles in a test too.
 _INTERPRETED_SMS = 1
 
@@ -91,15 +91,18 @@ def _sms(device_index: int) -> int:
     )
 
 
-def resident_programs(tiles: int, like: torch.Tensor, num_warps: int) -> int:
+def resident_programs(tiles: int, like: torch.Tensor, options: LaunchOptions) -> int:
     """Programs that share ``tiles`` tiles, of which only the device knows how many have anything in them.
 
     A launch of a program for each tile would start, for a batch in which every id occurs three times, two empty
     programs beside each busy one, and a start costs an SM about a microsecond of one of its places. So no more programs
-    start than the GPU of ``like`` holds at once, and each takes every so-many-th tile until there are none.
+    start than the GPU of ``like`` holds at once, and each takes every so-many-th tile until there are none. What it
+    holds follows from ``options``: a limit of registers is taken for what a thread needs.
     """
-    at_once = _sms(like.get_device()) * min(_PROGRAMS_PER_SM, _WARPS_PER_SM // num_warps)
-    return min(tiles, at_once)
+    warps = _WARPS_PER_SM
+    if options.maxnreg is not None:
+        warps = min(warps, _REGISTERS_PER_SM // (options.maxnreg * _THREADS_PER_WARP))
+    return min(tiles, _sms(like.get_device()) * min(_PROGRAMS_PER_SM, max(1, warps // options.num_warps)))
 
 
 def launch(

@@ -114,5 +114,8 @@ def test_intercepted_launches(compiled: list[CompiledKernel]) -> None:
 
 def test_no_more_programs_than_there_are_tiles_or_places() -> None:
     like = torch.zeros(1)  # a host tensor stands for a GPU of one SM: 64 warps in 32 programs
-    assert [resident_programs(tiles, like, 1) for tiles in (0, 1, 31, 32, 1000)] == [0, 1, 31, 32, 32]
-    assert [resident_programs(1000, like, warps) for warps in (2, 4, 8)] == [32, 16, 8]
+    assert [resident_programs(tiles, like, LaunchOptions(1)) for tiles in (0, 1, 31, 32, 1000)] == [0, 1, 31, 32, 32]
+    assert [resident_programs(1000, like, LaunchOptions(warps)) for warps in (2, 4, 8)] == [32, 16, 8]
+    # 65,536 registers are enough for 2048 threads with 32 of them, 512 with 128, 390 with 168.
+    asked = [(1, 32), (1, 128), (4, 128), (4, 168), (32, 255)]
+    assert [resident_programs(1000, like, LaunchOptions(*options)) for options in asked] == [32, 16, 4, 3, 1]

@@ -69,7 +69,7 @@ def test_random_sequences(capacity: int, sizes: list[tuple[int, int]], world_siz
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 31, 32, 33, 70])
 def test_one_bucket_fills_up_and_refuses(size: int) -> None:
-    """The bucket's keys spread over several programs' tiles; one program places them all."""
+    """More keys than slots, up to more than a program looks at together."""
     pair = twins(8, [(1, 1)])
     _, insertion = pair.train(*one_table(range(size)), torch.tensor([5]))
     assert statuses(insertion.status) == [0, min(size, 8), 0, max(size - 8, 0)]

@@ -99,7 +99,7 @@ def find(
     slots = torch.empty_like(keys)
     piece = min(view.bucket_capacity, _PIECE)
     tile = _PIECES_PER_PROGRAM * piece // view.bucket_capacity
-    programs = resident_programs(triton.cdiv(keys.numel(), tile), keys, _OPTIONS.num_warps)
+    programs = resident_programs(triton.cdiv(keys.numel(), tile), keys, _OPTIONS)
     launch(
         _find_kernel, programs, view.addresses, view.geometry, batch.count, keys, aligned(batch.tables),
         slots if scores is None else aligned(scores), slots, view.addresses.shape[1], view.world_size,

@@ -301,7 +301,7 @@ def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: tor
     status = torch.zeros(entries, dtype=torch.int8, device=slots.device)
     evicted_keys, evicted_scores = torch.empty_like(slots), torch.empty_like(slots)
     look = max(_LOOK, 2 * capacity)
-    programs = resident_programs(triton.cdiv(entries, look - capacity), slots, _OPTIONS.num_warps)
+    programs = resident_programs(triton.cdiv(entries, look - capacity), slots, _OPTIONS)
     launch(
         _insert_kernel, programs, view.addresses, view.geometry, unique.count, unique.keys, unique.tables,
         aligned(scores), slots, status, evicted_keys, evicted_scores, view.addresses.shape[1], view.world_size,

@@ -28,9 +28,9 @@ _TILE = 512
 _WARPS = 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _block_sums_kernel(
-    values, order, inverse, offsets, out, DIM: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    values, order, inverse, offsets, out, blocks, DIM: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program ``j`` sums the whole block, if there is one, that begins in the ``j``-th BLOCK of sorted positions.
@@ -39,6 +39,8 @@ def _block_sums_kernel(
     begins less than BLOCK before that position: block ``i`` of a key that begins at ``b`` is row ``b // BLOCK + i``.
     """
     window = tl.program_id(0).to(tl.int64)
+    if window >= blocks:
+        return
     last = window * BLOCK + BLOCK - 1
     entry = tl.load(inverse + tl.load(order + last))
     key_begin = tl.load(offsets + entry)
@@ -95,9 +97,10 @@ def block_sums(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     """
     blocks, dim = unique.order.numel() // BLOCK_ROWS, values.shape[1]
     out = torch.empty(blocks, dim, dtype=torch.float32, device=values.device)
+    # Also where there are none, so that a step has as many launches for a small batch.
     launch(
-        _block_sums_kernel, blocks, float_view(values), unique.order, unique.inverse, unique.offsets, out, DIM=dim,
-        COLUMNS=column_tile(dim), DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
+        _block_sums_kernel, max(1, blocks), float_view(values), unique.order, unique.inverse, unique.offsets, out,
+        blocks, DIM=dim, COLUMNS=column_tile(dim), DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
         options=LaunchOptions(row_warps(dim, warps=_WARPS), SUM_ROWS_REGISTERS),
     )  # fmt: skip
     return out
@@ -110,12 +113,12 @@ def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     dim = values.shape[1]
     out = torch.empty(entries, dim, dtype=torch.float32, device=values.device)
     if entries and dim:
-        rows, warps = row_tile(dim, warps=_WARPS), row_warps(dim, warps=_WARPS)
+        rows, options = row_tile(dim, warps=_WARPS), LaunchOptions(row_warps(dim, warps=_WARPS), SUM_ROWS_REGISTERS)
         launch(
-            _sum_rows_kernel, resident_programs(triton.cdiv(entries, rows), values, warps), float_view(values),
+            _sum_rows_kernel, resident_programs(triton.cdiv(entries, rows), values, options), float_view(values),
             unique.order, unique.offsets, unique.count, block_sums(values, unique), out, DIM=dim,
             COLUMNS=column_tile(dim), ROWS=rows, DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
-            options=LaunchOptions(warps, SUM_ROWS_REGISTERS),
+            options=options,
         )  # fmt: skip
     return out
 

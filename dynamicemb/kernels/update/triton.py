@@ -124,15 +124,16 @@ def update(
     entries = slots.numel()
     if entries == 0:
         return
-    rows, warps = row_tile(layout.dim, warps=_WARPS), row_warps(layout.dim, warps=_WARPS)
+    rows = row_tile(layout.dim, warps=_WARPS)
     adam = layout.optimizer is OptimizerKind.ADAM
     corrections = bias_corrections(hyperparameters, steps) if adam else hyperparameters
     registers = SUM_ROWS_REGISTERS if layout.embedding_dtype is torch.float32 else _REGISTERS_OF_16_BIT_ROWS
+    options = LaunchOptions(row_warps(layout.dim, warps=_WARPS), registers, enable_fp_fusion=False)
     launch(
-        _update_kernel, resident_programs(triton.cdiv(entries, rows), slots, warps), view.addresses, unique.count,
+        _update_kernel, resident_programs(triton.cdiv(entries, rows), slots, options), view.addresses, unique.count,
         unique.tables, slots, unique.order, unique.offsets, float_view(gradients), block_sums(gradients, unique),
         hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
         ROWS=rows, ROW_BYTES=layout.row_bytes, STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
         DTYPE=DTYPE_CODES[layout.embedding_dtype], GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype], BLOCK=BLOCK_ROWS,
-        options=LaunchOptions(warps, registers, enable_fp_fusion=False),
+        options=options,
     )  # fmt: skip
