@@ -56,7 +56,7 @@ class DynamicEmbInitializerMode(enum.Enum):
 
 
 class DynamicEmbEvictStrategy(enum.Enum):
-    """What a slot's score means. The slot with the least (score, slot index) of a full bucket is evicted first."""
+    """What a slot's score means. The slot with the least (score, id) of a full bucket is evicted first."""
 
     #: Score = the table's step clock, one tick for each training lookup: the least recently trained key goes.
     LRU = "lru"

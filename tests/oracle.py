@@ -196,13 +196,13 @@ class TableModel:
         bucket = self.bucket(key)
         taken = self.key_in.setdefault(bucket, {})
         empty = [slot for slot in range(self.bucket_capacity) if slot not in taken]
-        victims = [(self.score_of[other], slot, other) for slot, other in taken.items() if other not in batch]
+        victims = [(self.score_of[other], other, slot) for slot, other in taken.items() if other not in batch]
         if empty:
             self._store(key, bucket, empty[0], score)
             return Outcome(INSERTED, self.slot(key))
         if not victims:
             return Outcome(REFUSED, -1)
-        evicted_score, slot, evicted_key = min(victims)
+        evicted_score, evicted_key, slot = min(victims)
         del self.place_of[evicted_key], self.score_of[evicted_key]
         self._store(key, bucket, slot, score)
         return Outcome(REPLACED, self.slot(key), evicted_key, evicted_score)

@@ -34,7 +34,7 @@ CEILINGS = {
     "_settle_kernel": Ceiling(16, "works only where prefixes of different keys are equal"),
     "_number_kernel": Ceiling(20, "a scan holds all 16 values of a thread until their sum is known"),
     "_find_kernel": Ceiling(36, "programs are one warp, and no more than 32 of them fit"),
-    "_insert_kernel": Ceiling(16, "a warp holds 1,024 slots of buckets, 64 registers of them scores"),
+    "_insert_kernel": Ceiling(12, "a warp holds 1,024 slots of buckets, 64 registers of them scores; 16 but for sm_80"),
     "_fill_kernel": Ceiling(12, "as it asks for: divisions in float64 are subroutines with registers of their own"),
     "_tally_kernel": Ceiling(40, "eight keys for each thread, and four sums"),
     "_gather_kernel": Ceiling(40, "64 bytes of rows under way in each thread, and their addresses"),

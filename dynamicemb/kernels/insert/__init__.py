@@ -31,7 +31,7 @@ def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: tor
     """Gives each absent key a slot of its bucket, if it can.
 
     The absent keys of a bucket, in their order in ``unique``, take its empty slots in ascending order, then the slots
-    of the keys with the least (score, slot) that are not in this batch; what is left is refused. A placed key's digest,
+    of the keys with the least (score, key) that are not in this batch; what is left is refused. A placed key's digest,
     key and score are stored; its row is not touched.
 
     Args:

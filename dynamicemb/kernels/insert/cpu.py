@@ -20,14 +20,18 @@ _NO_SLOT = np.int64(NO_SLOT)
 
 
 @inline
-def _free_slot(digests, scores, touched, capacity):
-    """The first empty slot, else the untouched one with the least (score, slot), else −1; and whether it was empty."""
+def _free_slot(digests, keys, scores, touched, capacity):
+    """The first empty slot, else the untouched one with the least (score, key), else −1; and whether it was empty."""
     victim = _NO_SLOT
     for slot in range(capacity):
         if digests[slot] == 0:
             return np.int64(slot), True
-        if not touched[slot] and (victim == _NO_SLOT or scores[slot] < scores[victim]):
-            victim = np.int64(slot)
+        if touched[slot]:
+            continue
+        if victim != _NO_SLOT:
+            if scores[slot] > scores[victim] or (scores[slot] == scores[victim] and keys[slot] > keys[victim]):
+                continue
+        victim = np.int64(slot)
     return victim, False
 
 
@@ -61,7 +65,7 @@ def _insert_bucket(
         if slots[v] != _NO_SLOT:
             status[v] = _FOUND
             continue
-        slot, empty = _free_slot(digests, scores_here, touched, capacity)
+        slot, empty = _free_slot(digests, keys_here, scores_here, touched, capacity)
         if slot == _NO_SLOT:
             status[v] = _REFUSED
             continue

@@ -46,8 +46,9 @@ _NOT_MISSING, _EVICTS = tl.constexpr(-2), tl.constexpr(512)
 # Entries that a program looks at: those of a tile, and as many after it as a bucket has slots.
 _LOOK = 256
 _SLOTS_OF_ROWS = 1024  # 16 stripes
-# 64 of the registers hold scores. 128 leave 16 warps on an SM; below 96, for the next four, they would go to memory.
-_OPTIONS = LaunchOptions(num_warps=1, maxnreg=128)
+# 64 of the registers hold scores. sm_90 and sm_100 need 128 or fewer, for 16 warps on an SM; with as many, sm_80 would
+# keep two values in memory.
+_OPTIONS = LaunchOptions(num_warps=1, maxnreg=136)
 
 
 @triton.jit
@@ -118,30 +119,49 @@ def _number_of(bits):
 
 
 @triton.jit
+def _stripe_of(bit):
+    """The number of the only bit that is set."""
+    return (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # a power of two is exact in float32
+
+
+@triton.jit
 def _first_place(bits, CAPACITY: tl.constexpr, COLUMNS: tl.constexpr):
     """The first marked slot of each row; CAPACITY if there is none."""
-    # A power of two is exact in float32, so its exponent is the stripe.
-    stripe = ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-    place = stripe * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    place = _stripe_of(bits & -bits) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return tl.min(tl.where(bits != 0, place, CAPACITY), axis=1)
 
 
 @triton.jit
-def _victim(scores, blocked, CAPACITY: tl.constexpr, COLUMNS: tl.constexpr, STRIPES: tl.constexpr):
-    """The slot with the least (score, slot) of each row that is not blocked; CAPACITY if there is none."""
-    # From the last stripe to the first, so that the lower slot wins where scores are equal. The last one is compared
-    # in another way than the others, since LLVM packs the bits of 32 equal tests into words and unpacks them again.
-    evictable = blocked < (1 << (STRIPES - 1))
-    least = tl.where(evictable, scores[STRIPES - 1], _GREATEST_SCORE)
-    best = tl.where(evictable, STRIPES - 1, STRIPES)
-    for stripe in tl.static_range(STRIPES - 2, -1, -1):
-        better = ((blocked & (1 << stripe)) == 0) & (scores[stripe] <= least)
-        least = tl.where(better, scores[stripe], least)
-        best = tl.where(better, stripe, best)
-    # Stripe STRIPES, which stands for "none", makes a place that is not below CAPACITY.
-    place = best * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    place = tl.where(least == tl.min(least, axis=1)[:, None], place, CAPACITY)
-    return tl.minimum(tl.min(place, axis=1), CAPACITY)
+def _victim(
+    scores, blocked, scarce, addresses, chunks, here, CAPACITY: tl.constexpr, COLUMNS: tl.constexpr,
+    STRIPES: tl.constexpr,
+):  # fmt: skip
+    """The slot with the least (score, key) of each ``scarce`` row that is not blocked; CAPACITY if there is none."""
+    # The last stripe is compared in another way than the others, since LLVM packs the bits of 32 equal tests into words
+    # and unpacks them again.
+    least = tl.where(blocked < (1 << (STRIPES - 1)), scores[STRIPES - 1], _GREATEST_SCORE)
+    for stripe in tl.static_range(STRIPES - 1):
+        least = tl.where((blocked & (1 << stripe)) == 0, tl.minimum(least, scores[stripe]), least)
+    least = tl.min(least, axis=1)[:, None]
+    equals = tl.zeros([blocked.shape[0], COLUMNS], tl.int32)
+    for stripe in tl.static_range(STRIPES):
+        equals |= tl.where(scores[stripe] == least, 1 << stripe, 0)
+    equals = tl.where(scarce[:, None], equals & ~blocked, 0)
+    if tl.max(tl.sum(_number_of(equals), axis=1), axis=0) > 1:
+        key_lines = key_pointers(addresses, chunks, here, tl.max(equals, axis=1) > 0)
+        # Each lane goes through the keys of its equal slots, mostly one or none. All keys differ, so one slot is left.
+        least_key = tl.full([blocked.shape[0], COLUMNS], 2**63 - 1, tl.int64)
+        best = tl.zeros([blocked.shape[0], COLUMNS], tl.int32)
+        while tl.max(equals) > 0:
+            bit = equals & -equals
+            place = _stripe_of(bit) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            key = tl.load(key_lines[:, None] + place, mask=bit != 0, other=2**63 - 1)
+            better = (bit != 0) & (key <= least_key)
+            least_key = tl.where(better, key, least_key)
+            best = tl.where(better, bit, best)
+            equals ^= bit
+        equals = tl.where(least_key == tl.min(least_key, axis=1)[:, None], best, 0)
+    return _first_place(equals, CAPACITY, COLUMNS)
 
 
 @triton.jit
@@ -193,8 +213,8 @@ def _place_keys(
         if any_empty > 0:
             place = _first_place(empty & ~blocked, CAPACITY, COLUMNS)
         if any_scarce > 0:
-            victim = _victim(scores, blocked, CAPACITY, COLUMNS, STRIPES) + _EVICTS
-            place = tl.where(place == CAPACITY, victim, place)
+            victim = _victim(scores, blocked, scarce, addresses, chunks, here, CAPACITY, COLUMNS, STRIPES)
+            place = tl.where(place == CAPACITY, victim + _EVICTS, place)
         placed = active & (turn <= last) & ((place & (_EVICTS - 1)) < CAPACITY)
         ticket = tl.gather(tl.where(placed, (turn << 16) | place, 0), row_or_any, 0)
         called = ticket >> 16
