@@ -6,6 +6,7 @@ Importing this package needs no GPU, no compiler and no torchrec. The classes th
 
 from dynamicemb.errors import (
     CapacityError,
+    CheckpointError,
     ConfigError,
     DataError,
     DynamicEmbError,
@@ -20,11 +21,11 @@ from dynamicemb.options import (
     DynamicEmbInitializerMode,
     DynamicEmbTableOptions,
 )
-
-__version__ = "0.1.0"
+from dynamicemb.version import __version__
 
 __all__ = [
     "CapacityError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "DynamicEmbCheckMode",

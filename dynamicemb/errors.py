@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "CapacityError",
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "DynamicEmbError",
@@ -31,6 +32,11 @@ class KeyTypeError(DynamicEmbError, TypeError):
 
 class DataError(DynamicEmbError, ValueError):
     """A data file that is missing or malformed; the message names the path and, where there is one, the row."""
+
+
+class CheckpointError(DynamicEmbError, ValueError):
+    """A checkpoint that is damaged, incomplete, foreign or does not fit the model, or a place where none can be
+    written. The message names the file, the offset where there is one, and the remedy. The model is unchanged."""
 
 
 class CapacityError(DynamicEmbError, RuntimeError):

@@ -1,0 +1,3 @@
+"""The version of the package; checkpoints carry it."""
+
+__version__ = "0.1.0"
