@@ -14,7 +14,7 @@ import torch
 
 from dynamicemb.errors import ConfigError
 
-__all__ = ["ENGINE_VARIABLE", "engine_name", "implementation"]
+__all__ = ["ENGINE_VARIABLE", "engine_name", "host_implementation", "implementation"]
 
 ENGINE_VARIABLE = "DYNAMICEMB_ENGINE"
 
@@ -42,3 +42,8 @@ def _module(operation: str, engine: str) -> ModuleType:
 def implementation(operation: str, device: torch.device) -> ModuleType:
     """The module that implements ``operation`` (a kernel package's ``__name__``) for tensors on ``device``."""
     return _module(operation, engine_name(device))
+
+
+def host_implementation(operation: str) -> ModuleType:
+    """The CPU engine's module, whatever is forced: for what is prepared in host memory and has no tables yet."""
+    return _module(operation, "cpu")

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 
@@ -163,6 +164,30 @@ class TableGeometry:
     def doubled(self) -> TableGeometry:
         assert self.can_grow
         return TableGeometry(self.max_buckets, self.shift - 1, self.levels + 1, self.bucket_capacity)
+
+    def chunk_range(self, chunk: int, first_bucket: int, stop_bucket: int) -> tuple[int, int]:
+        """Which indexes of chunk ``chunk`` hold those of the buckets ``first_bucket`` to ``stop_bucket`` (exclusive)
+        that lie in it: the inverse of "place of a bucket" above. One range, as index and bucket ascend together."""
+        # Chunk 0 has the multiples of 2**levels; the others the odd multiples of 2**zeros.
+        zeros = self.levels - chunk
+        offset, stride = (0, 1 << self.levels) if chunk == 0 else (1 << zeros, 2 << zeros)
+        first, stop = (max(0, -((offset - bucket) // stride)) for bucket in (first_bucket, stop_bucket))
+        return first, stop
+
+    def sized_for(self, rows: int, max_load_factor: float) -> TableGeometry:
+        """A table of one chunk that a load of ``rows`` rows would not make grow, and no smaller than this one."""
+        size = TableGeometry(self.max_buckets, self.shift, 0, self.bucket_capacity)
+        while size.can_grow and rows > max_load_factor * size.slots:
+            size = TableGeometry(size.max_buckets, size.shift - 1, 0, size.bucket_capacity)
+        return size
+
+    def with_slots(self, slots: int) -> Optional[TableGeometry]:
+        """A table of one chunk that has grown to exactly ``slots``; None if that is none of its sizes."""
+        for shift in range(MAX_CHUNKS):
+            size = TableGeometry(self.max_buckets, shift, 0, self.bucket_capacity)
+            if size.slots == slots:
+                return size
+        return None
 
     def chunk_buckets(self, chunk: int) -> int:
         """Buckets in chunk ``chunk`` (0 to ``levels``)."""

@@ -25,10 +25,11 @@ from dynamicemb.kernels.update import HyperparameterColumn, update
 from dynamicemb.kernels.views import KeyBatch, KeyStatus, UniqueKeys
 from dynamicemb.options import DynamicEmbEvictStrategy
 from dynamicemb.table.config import TableConfig
+from dynamicemb.table.contents import StoredRows, TableContents
 from dynamicemb.table.initializers import initializer_view
-from dynamicemb.table.storage import GroupStorage, StoredRows
+from dynamicemb.table.storage import GroupStorage
 
-__all__ = ["TableCounters", "TableGroup", "TrainingLookup"]
+__all__ = ["TableCounters", "TableGroup", "TableProgress", "TrainingLookup"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,27 @@ class TableCounters:
     misses: int
     evicted: int
     refused: int
+
+
+@dataclass(frozen=True)
+class TableProgress:
+    """How far the training of one table on one rank has come: all that matters to its future besides its rows.
+
+    Attributes:
+        clock: training lookups.
+        steps: updates.
+        custom_score: the score that touched keys get under CUSTOMIZED.
+        hits, evicted, refused: see :class:`TableCounters`.
+        hyperparameters: in the order of :data:`~dynamicemb.table.optimizers.HYPERPARAMETERS`.
+    """
+
+    clock: int
+    steps: int
+    custom_score: int
+    hits: int
+    evicted: int
+    refused: int
+    hyperparameters: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -229,7 +251,34 @@ class TableGroup:
 
     def stored_rows(self, table: int) -> StoredRows:
         """A copy of everything in one table, in canonical order. Waits for the device."""
-        return self.storage.stored_rows(table)
+        return self.contents(table).all()
+
+    def contents(self, table: int) -> TableContents:
+        """What is in one table, to be walked through."""
+        return TableContents(self.storage, table)
+
+    def progress(self, table: int) -> TableProgress:
+        """How far the training of one table has come. Waits for the device."""
+        found, _, replaced, refused = self._outcomes[table].tolist()
+        return TableProgress(
+            clock=int(self.clock[table]),
+            steps=int(self.steps[table]),
+            custom_score=int(self.custom_scores[table]),
+            hits=found,
+            evicted=replaced,
+            refused=refused,
+            hyperparameters=tuple(self.hyperparameters[table].tolist()),
+        )
+
+    def restore(self, table: int, progress: TableProgress, rows: int) -> None:
+        """Sets how far training has come, after the table's contents have been replaced by ``rows`` rows."""
+        self.clock[table] = progress.clock
+        self.steps[table] = progress.steps
+        self.custom_scores[table] = progress.custom_score
+        self._outcomes[table] = torch.tensor([progress.hits, rows, progress.evicted, progress.refused])
+        self.hyperparameters[table] = torch.tensor(progress.hyperparameters, dtype=torch.float64)
+        self._size_bounds[table] = rows
+        self._generation += 1
 
     def set_learning_rate(self, table: int, learning_rate: float) -> None:
         """Takes effect with the next update. Does not synchronise."""

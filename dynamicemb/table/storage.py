@@ -1,4 +1,4 @@
-"""Owner of a group's memory: the chunks of every table, their addresses, and the walk over what they hold."""
+"""Owner of a group's memory: the chunks of every table, and their addresses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dynamicemb.kernels.hashing import mix64
-from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, RowLayout, TableGeometry
+from dynamicemb.kernels.layout import MAX_CHUNKS, RowLayout, TableGeometry
 from dynamicemb.kernels.split import split
 from dynamicemb.kernels.views import AddressRow, GroupView
 
-__all__ = ["Chunk", "GroupStorage", "StoredRows"]
-
-_SIGN_BIT = -(2**63)
+__all__ = ["Chunk", "GroupStorage"]
 
 
 @dataclass(frozen=True)
@@ -49,25 +46,6 @@ class Chunk:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.digests, self.keys, self.scores, self.rows))
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Everything a table holds, in ascending order of the mixed key as an unsigned number.
-
-    Attributes:
-        keys: int64 [n].
-        slots: int64 [n], slot handles.
-        scores: int64 [n].
-        embeddings: [n, dim] in the table's dtype.
-        states: float32 [n, width] by name of the optimizer state.
-    """
-
-    keys: torch.Tensor
-    slots: torch.Tensor
-    scores: torch.Tensor
-    embeddings: torch.Tensor
-    states: dict[str, torch.Tensor]
 
 
 class GroupStorage:
@@ -119,32 +97,17 @@ class GroupStorage:
         self._store_geometry(table)
         split(self.view, table, before.buckets)
 
+    def replace(self, table: int, geometry: TableGeometry) -> None:
+        """Gives a table new, empty memory of size ``geometry``, which has one chunk. The old memory is freed."""
+        assert geometry.levels == 0, "a table that has grown has chunks that only growth makes"
+        columns = slice(table * MAX_CHUNKS, (table + 1) * MAX_CHUNKS)
+        self.view.addresses[:, columns] = 0
+        self.chunks[table].clear()
+        self.geometries[table] = geometry
+        self._add_chunk(table, geometry.slots)
+        self._store_geometry(table)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of metadata and rows that are allocated now."""
         return sum(chunk.num_bytes for chunks in self.chunks for chunk in chunks)
-
-    def stored_rows(self, table: int) -> StoredRows:
-        """A copy of everything in ``table``. Waits for the device."""
-        handles, keys, scores, rows = [], [], [], []
-        for index, chunk in enumerate(self.chunks[table]):
-            occupied = chunk.digests.nonzero().squeeze(1)
-            handles.append(((table * MAX_CHUNKS + index) << CHUNK_SHIFT) | occupied)
-            keys.append(chunk.keys[occupied])
-            scores.append(chunk.scores[occupied])
-            rows.append(chunk.rows[occupied])
-        all_keys = torch.cat(keys)
-        order = torch.argsort(mix64(all_keys) ^ _SIGN_BIT)  # flipping the sign bit makes signed order unsigned order
-        all_rows = torch.cat(rows)[order]
-        embedding_bytes = self.layout.dim * self.layout.embedding_dtype.itemsize
-        states = all_rows[:, self.layout.state_offset_bytes :].contiguous().view(torch.float32)
-        return StoredRows(
-            keys=all_keys[order],
-            slots=torch.cat(handles)[order],
-            scores=torch.cat(scores)[order],
-            embeddings=all_rows[:, :embedding_bytes].contiguous().view(self.layout.embedding_dtype),
-            states={
-                state.name: states[:, state.offset : state.offset + state.width].contiguous()
-                for state in self.layout.states
-            },
-        )

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from dynamicemb.kernels.engine import implementation
+from dynamicemb.kernels.engine import host_implementation, implementation
 
-__all__ = ["GOLDEN_GAMMA", "MIX_FACTOR_1", "MIX_FACTOR_2", "mix64", "owners"]
+__all__ = ["GOLDEN_GAMMA", "MIX_FACTOR_1", "MIX_FACTOR_2", "buckets", "mix64", "owners"]
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MIX_FACTOR_1 = 0xBF58476D1CE4E5B9
@@ -44,3 +44,17 @@ def owners(keys: torch.Tensor, world_size: int) -> torch.Tensor:
         int64 [N], from 0 to ``world_size - 1``. Does not synchronise.
     """
     return implementation(__name__, keys.device).owners(keys, world_size)
+
+
+def buckets(keys: torch.Tensor, world_size: int, max_buckets: int, shift: int) -> torch.Tensor:
+    """The bucket of each key on its owner, for what prepares rows on the host before they reach a table.
+
+    Args:
+        keys: int64 [N], in host memory whatever the engine.
+        world_size: ranks that share the table.
+        max_buckets, shift: the table's :class:`~dynamicemb.kernels.layout.TableGeometry`.
+
+    Returns:
+        int64 [N], from 0 on; monotone in the mixed key among the keys of one owner.
+    """
+    return host_implementation(__name__).buckets(keys, world_size, max_buckets, shift)

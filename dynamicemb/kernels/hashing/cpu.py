@@ -88,3 +88,16 @@ def owners(keys: torch.Tensor, world_size: int) -> torch.Tensor:
     out = torch.empty_like(keys)
     parallel_for(_owners, keys.numel(), keys.numpy(), np.uint64(world_size), out.numpy())
     return out
+
+
+@kernel
+def _buckets(start, stop, keys, world_size, max_buckets, shift, out):
+    for i in range(start, stop):
+        out[i] = np.int64(bucket_of(mix(keys[i]), world_size, max_buckets, shift))
+
+
+def buckets(keys: torch.Tensor, world_size: int, max_buckets: int, shift: int) -> torch.Tensor:
+    out = torch.empty_like(keys)
+    numbers = np.uint64(world_size), np.uint64(max_buckets), np.uint64(shift)
+    parallel_for(_buckets, keys.numel(), keys.numpy(), *numbers, out.numpy())
+    return out
