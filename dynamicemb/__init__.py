@@ -1,8 +1,11 @@
 """Dynamic embedding tables for TorchRec: GPU and CPU hash tables behind one flag in a table's constraints.
 
 Importing this package needs no GPU, no compiler and no torchrec. The classes that torchrec works with are in
-:mod:`dynamicemb.planner` and :mod:`dynamicemb.shard`.
+:mod:`dynamicemb.planner` and :mod:`dynamicemb.shard`; checkpoints are in :mod:`dynamicemb.checkpoint`.
 """
+
+import importlib
+from typing import Any
 
 from dynamicemb.errors import (
     CapacityError,
@@ -23,19 +26,37 @@ from dynamicemb.options import (
 )
 from dynamicemb.version import __version__
 
+# Loaded on first use: they need torchrec and a compiler.
+_LAZY = {
+    "DynamicEmbDump": "dynamicemb.checkpoint.dump",
+    "DynamicEmbLoad": "dynamicemb.checkpoint.load",
+}
+
 __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
     "DataError",
     "DynamicEmbCheckMode",
+    "DynamicEmbDump",
     "DynamicEmbError",
     "DynamicEmbEvictStrategy",
     "DynamicEmbInitializerArgs",
     "DynamicEmbInitializerMode",
+    "DynamicEmbLoad",
     "DynamicEmbTableOptions",
     "DynamicEmbWarning",
     "KeyTypeError",
     "RemoteRankError",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Optional
@@ -19,7 +22,7 @@ from dynamicemb.checkpoint.staging import Staging
 from dynamicemb.errors import CheckpointError
 from dynamicemb.version import __version__
 
-__all__ = ["CheckpointWriter", "TableWriter", "reserve", "write_manifest"]
+__all__ = ["CheckpointWriter", "TableWriter", "part_records", "reserve", "write_manifest", "writing_behind"]
 
 
 def reserve(folder: Path, collection: str, table: str, rows_by_part: Mapping[Part, int]) -> None:
@@ -99,6 +102,7 @@ class TableWriter:
     """
 
     def __init__(self, folder: Path, collection: str, table: str, parts: tuple[Part, ...], first: int = 0) -> None:
+        self.spans: dict[str, list[Span]] = {}
         self._writers: dict[str, _PartWriter] = {}
         (folder / collection).mkdir(parents=True, exist_ok=True)
         for part in parts:
@@ -113,14 +117,49 @@ class TableWriter:
         for name, writer in self._writers.items():
             writer.write(rows.arrays[name])
 
-    def finish(self) -> dict[str, list[Span]]:
-        """Waits until everything is on disk; returns the checksums by part."""
-        return {name: writer.finish() for name, writer in self._writers.items()}
+    def finish(self) -> None:
+        """Waits until everything is on disk. :attr:`spans` has the checksums by part then."""
+        self.spans = {name: writer.finish() for name, writer in self._writers.items()}
 
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+
+@contextmanager
+def writing_behind(writer: TableWriter) -> Iterator[Callable[[Rows], None]]:
+    """A function that hands rows to a thread, which writes them while the next ones are prepared.
+
+    When the block has ended, everything is on disk and ``writer`` is closed. What fails in the thread is raised by the
+    function or at the end.
+    """
+    pending: deque[Future[None]] = deque()
+
+    def write(rows: Rows) -> None:
+        while len(pending) > 1:  # one is being written, one waits: memory stays bounded
+            pending.popleft().result()
+        pending.append(pool.submit(writer.write, rows))
+
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="dynamicemb-write") as pool:
+            yield write
+            for job in pending:
+                job.result()
+            writer.finish()
+    finally:
+        writer.close()
+
+
+def part_records(
+    parts: Iterable[Part], spans_by_writer: Sequence[Mapping[str, list[Span]]], rows: int
+) -> dict[str, PartRecord]:
+    """The manifest's entries of files of ``rows`` rows, from the checksums of all that wrote them."""
+    records = {}
+    for part in parts:
+        spans = [span for spans in spans_by_writer for span in spans[part.name]]
+        records[part.name] = PartRecord(rows, tuple(crc_of_segments(spans, rows, part.row_bytes, SEGMENT_ROWS)))
+    return records
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -200,18 +239,14 @@ class SequentialTableWriter:
 
     def finish(self, record: TableRecord) -> None:
         """Completes the table. ``record`` says what the manifest will, but for rows, parts, schema and segments."""
-        spans = self._rows.finish()
+        self._rows.finish()
         self._rows.close()
-        parts = {part.name: self._part_record(part, self.rows, spans[part.name]) for part in self._schema.parts}
+        parts = part_records(self._schema.parts, [self._rows.spans], self.rows)
         if self._evicted is not None:
-            evicted = self._evicted.finish()
+            self._evicted.finish()
             self._evicted.close()
-            parts[EVICTED] = self._part_record(EVICTED_PART, self._evicted_rows, evicted[EVICTED])
+            parts |= part_records([EVICTED_PART], [self._evicted.spans], self._evicted_rows)
         record = dataclasses.replace(
             record, schema=self._schema, rows=self.rows, parts=parts, segment_rows=SEGMENT_ROWS
         )
         self._checkpoint.add(self._collection, self._table, record)
-
-    @staticmethod
-    def _part_record(part: Part, rows: int, spans: list[Span]) -> PartRecord:
-        return PartRecord(rows, tuple(crc_of_segments(spans, rows, part.row_bytes, SEGMENT_ROWS)))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Union
 
 import torch
 import torch.distributed as dist
@@ -14,8 +13,7 @@ from torch import nn
 
 from dynamicemb.errors import ConfigError
 from dynamicemb.options import DynamicEmbEvictStrategy
-from dynamicemb.shard.collection import ShardedDynamicEmbeddingCollection
-from dynamicemb.table.group import TableGroup
+from dynamicemb.shard.tables import DynamicTable, dynamic_tables
 
 __all__ = ["TableStatistics", "get_score", "set_score", "table_statistics"]
 
@@ -45,30 +43,11 @@ class TableStatistics:
     refused: int
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A dynamic table of a model: its place in its group, and the ranks that share it."""
-
-    name: str
-    group: TableGroup
-    index: int
-    process_group: Optional[dist.ProcessGroup]
-
-
-def _tables(model: nn.Module) -> list[_Table]:
-    """Every dynamic table. Names that several collections use are prefixed with the path of the collection."""
-    found = [
-        (path, _Table(config.name, group, index, lookup.process_group))
-        for path, module in model.named_modules()
-        if isinstance(module, ShardedDynamicEmbeddingCollection) and (lookup := module.dynamic_lookup) is not None
-        for group in lookup.groups
-        for index, config in enumerate(group.configs)
-    ]
-    uses = Counter(table.name for _, table in found)
-    return [
-        table if uses[table.name] == 1 else dataclasses.replace(table, name=f"{path}.{table.name}")
-        for path, table in found
-    ]
+def _tables(model: nn.Module) -> dict[str, DynamicTable]:
+    """Every dynamic table by name. Names that several collections use are prefixed with the path of the collection."""
+    tables = dynamic_tables(model)
+    uses = Counter(table.name for table in tables)
+    return {table.name if uses[table.name] == 1 else f"{table.collection}.{table.name}": table for table in tables}
 
 
 def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
@@ -77,7 +56,7 @@ def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
     A name that several collections use is prefixed with the path of the collection, here and in the functions below.
     """
     result: dict[str, TableStatistics] = {}
-    for table in _tables(model):
+    for name, table in _tables(model).items():
         group, process_group = table.group, table.process_group
         counters, size = group.counters()[table.index], group.storage.geometries[table.index]
         sizes = [counters.size, size.max_slots, size.slots]
@@ -86,7 +65,7 @@ def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
         if process_group is not None and process_group.size() > 1:
             dist.all_reduce(numbers, group=process_group)
         rows, capacity, slots, hits, misses, evicted, refused = numbers.tolist()
-        result[table.name] = TableStatistics(rows, capacity, slots, rows / capacity, hits, misses, evicted, refused)
+        result[name] = TableStatistics(rows, capacity, slots, rows / capacity, hits, misses, evicted, refused)
     return result
 
 
@@ -101,8 +80,8 @@ def set_score(model: nn.Module, score: Union[int, Mapping[str, int]]) -> None:
         ConfigError: a name that is no table with strategy CUSTOMIZED, or a number beyond 64 bits. Nothing is changed.
     """
     customized = {
-        table.name: table
-        for table in _tables(model)
+        name: table
+        for name, table in _tables(model).items()
         if table.group.evict_strategy is DynamicEmbEvictStrategy.CUSTOMIZED
     }
     by_name = dict(score) if isinstance(score, Mapping) else dict.fromkeys(customized, score)
@@ -125,10 +104,10 @@ def get_score(model: nn.Module) -> dict[str, int]:
     Tables with strategy LFU have no such number and are left out. Waits for the device.
     """
     result = {}
-    for table in _tables(model):
+    for name, table in _tables(model).items():
         strategy = table.group.evict_strategy
         if strategy is DynamicEmbEvictStrategy.LRU:
-            result[table.name] = int(table.group.clock[table.index])
+            result[name] = int(table.group.clock[table.index])
         elif strategy is DynamicEmbEvictStrategy.CUSTOMIZED:
-            result[table.name] = int(table.group.custom_scores[table.index])
+            result[name] = int(table.group.custom_scores[table.index])
     return result

@@ -23,7 +23,7 @@ from dynamicemb.table.config import TableConfig
 from dynamicemb.table.function import lookup
 from dynamicemb.table.group import TableGroup
 
-__all__ = ["DynamicLookup", "group_tables"]
+__all__ = ["DynamicLookup", "GroupModule", "group_tables"]
 
 
 def group_tables(configs: list[TableConfig]) -> list[list[TableConfig]]:

@@ -40,6 +40,10 @@ class DynamicFusedOptimizer(FusedOptimizer):
                 self._group.set_learning_rate(table, learning_rate)
                 self._applied[table] = learning_rate
 
+    def restore_learning_rate(self, table: int, learning_rate: float) -> None:
+        """Shows the learning rate that a table has got from a checkpoint."""
+        self.param_groups[table]["lr"] = self._applied[table] = learning_rate
+
     def zero_grad(self, set_to_none: bool = False) -> None:
         """There are no gradients to clear; passes on changed learning rates."""
         self.step()

@@ -14,7 +14,7 @@ import torch
 
 from dynamicemb.kernels.engine import host_implementation, implementation
 
-__all__ = ["GOLDEN_GAMMA", "MIX_FACTOR_1", "MIX_FACTOR_2", "buckets", "mix64", "owners"]
+__all__ = ["GOLDEN_GAMMA", "MIX_FACTOR_1", "MIX_FACTOR_2", "buckets", "mix64", "owner_range", "owners"]
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MIX_FACTOR_1 = 0xBF58476D1CE4E5B9
@@ -44,6 +44,12 @@ def owners(keys: torch.Tensor, world_size: int) -> torch.Tensor:
         int64 [N], from 0 to ``world_size - 1``. Does not synchronise.
     """
     return implementation(__name__, keys.device).owners(keys, world_size)
+
+
+def owner_range(rank: int, world_size: int) -> tuple[int, int]:
+    """The mixed keys that :func:`owners` gives to ``rank``: unsigned, from the first number to before the second."""
+    first, stop = (-(-number * 2**64 // world_size) for number in (rank, rank + 1))
+    return first, stop
 
 
 def buckets(keys: torch.Tensor, world_size: int, max_buckets: int, shift: int) -> torch.Tensor:

@@ -1,0 +1,41 @@
+"""Between the tensors of a table and the arrays of files: the same bytes, named as the format names them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dynamicemb.checkpoint.schema import DTYPES, KEYS, SCORES, VALUES, Rows, TableSchema, opt
+from dynamicemb.table.contents import StoredRows
+from dynamicemb.table.filling import HostRows
+
+__all__ = ["from_disk", "to_disk"]
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def to_disk(rows: StoredRows, schema: TableSchema) -> Rows:
+    """Rows of a table as they are written; states that ``schema`` does not have are left out."""
+    arrays = {KEYS: _array(rows.keys), VALUES: _array(rows.embeddings), SCORES: _array(rows.scores)}
+    arrays |= {opt(name): _array(rows.states[name]) for name, _ in schema.states}
+    return Rows({part.name: arrays[part.name].view(DTYPES[part.dtype]) for part in schema.parts})
+
+
+def from_disk(rows: Rows, schema: TableSchema, optim: bool) -> HostRows:
+    """Rows that were read, as tensors over the same memory.
+
+    Args:
+        rows: of a table with this schema.
+        schema: what they hold.
+        optim: take the optimizer state, too.
+    """
+    values = torch.from_numpy(rows.values.view(np.int16) if schema.dtype == "bfloat16" else rows.values)
+    return HostRows(
+        keys=torch.from_numpy(rows.keys),
+        scores=torch.from_numpy(rows.scores),
+        embeddings=values.view(torch.bfloat16) if schema.dtype == "bfloat16" else values,
+        states={name: torch.from_numpy(rows.arrays[opt(name)]) for name, _ in schema.states} if optim else {},
+    )
