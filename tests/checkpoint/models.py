@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec.optim import SGD as TorchrecSGD  # noqa: N811
 from torchrec.optim import Adagrad as TorchrecAdagrad
 from torchrec.optim import Adam, RowWiseAdagrad
-from torchrec.optim import SGD as TorchrecSGD  # noqa: N811
 
 from dynamicemb import DynamicEmbEvictStrategy
 from dynamicemb.shard import set_score
