@@ -13,8 +13,9 @@ from dynamicemb.kernels.triton_support import address_of, aligned
 from dynamicemb.kernels.views import AddressRow
 
 __all__ = [
-    "DTYPE_CODES", "SUM_ROWS_REGISTERS", "add_rows", "column_tile", "float_view", "read_row", "rounded_to",
-    "row_pointers", "row_tile", "row_warps", "state_pointers", "sum_rows", "word_pointers", "write_row",
+    "DTYPE_CODES", "add_rows", "column_tile", "float_view", "read_row", "rounded_to",
+    "row_pointers", "row_tile", "row_warps", "state_pointers", "sum_rows", "sum_rows_registers", "word_pointers",
+    "write_row",
 ]  # fmt: skip
 
 _ROWS = tl.constexpr(int(AddressRow.ROWS))
@@ -25,9 +26,17 @@ _BFLOAT16 = tl.constexpr(2)
 #: How kernels are told the dtype of a row. bfloat16 travels as bits: the interpreter's own conversion does not round.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-#: Launch option of kernels that call :func:`sum_rows`. Left to itself, ptxas aims at 40 registers and so at full
-#: occupancy, and issues one or two loads at a time; 96 registers hold 16 of them, as the SASS shows, in 20 warps.
-SUM_ROWS_REGISTERS = 96
+_SUM_ROWS_REGISTERS = 96
+
+
+def sum_rows_registers(dim: int, converts: bool = False) -> int:
+    """Launch option of kernels that call :func:`sum_rows`.
+
+    Left to itself, ptxas aims at 40 registers and so at full occupancy, and issues one or two loads at a time; 96
+    registers hold 16 of them, as the SASS shows, in 20 warps. Rows that end inside a tile need masks, and rows that are
+    written in another dtype (``converts``) need temporaries; each would send two values to memory without 8 more.
+    """
+    return _SUM_ROWS_REGISTERS + 8 * (column_tile(dim) != dim) + 8 * converts
 
 
 @triton.jit

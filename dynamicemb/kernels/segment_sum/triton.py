@@ -12,13 +12,13 @@ import triton.language as tl
 from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
 from dynamicemb.kernels.rows_triton import (
     DTYPE_CODES,
-    SUM_ROWS_REGISTERS,
     add_rows,
     column_tile,
     float_view,
     row_tile,
     row_warps,
     sum_rows,
+    sum_rows_registers,
 )
 from dynamicemb.kernels.segment_sum import BLOCK_ROWS
 from dynamicemb.kernels.views import UniqueKeys
@@ -101,7 +101,7 @@ def block_sums(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     launch(
         _block_sums_kernel, max(1, blocks), float_view(values), unique.order, unique.inverse, unique.offsets, out,
         blocks, DIM=dim, COLUMNS=column_tile(dim), DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
-        options=LaunchOptions(row_warps(dim, warps=_WARPS), SUM_ROWS_REGISTERS),
+        options=LaunchOptions(row_warps(dim, warps=_WARPS), sum_rows_registers(dim)),
     )  # fmt: skip
     return out
 
@@ -113,7 +113,10 @@ def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     dim = values.shape[1]
     out = torch.empty(entries, dim, dtype=torch.float32, device=values.device)
     if entries and dim:
-        rows, options = row_tile(dim, warps=_WARPS), LaunchOptions(row_warps(dim, warps=_WARPS), SUM_ROWS_REGISTERS)
+        rows, options = (
+            row_tile(dim, warps=_WARPS),
+            LaunchOptions(row_warps(dim, warps=_WARPS), sum_rows_registers(dim)),
+        )
         launch(
             _sum_rows_kernel, resident_programs(triton.cdiv(entries, rows), values, options), float_view(values),
             unique.order, unique.offsets, unique.count, block_sums(values, unique), out, DIM=dim,

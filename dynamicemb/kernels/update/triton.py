@@ -14,7 +14,6 @@ from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.kernels.rows_triton import (
     DTYPE_CODES,
-    SUM_ROWS_REGISTERS,
     column_tile,
     float_view,
     read_row,
@@ -23,6 +22,7 @@ from dynamicemb.kernels.rows_triton import (
     row_warps,
     state_pointers,
     sum_rows,
+    sum_rows_registers,
     write_row,
 )
 from dynamicemb.kernels.segment_sum import BLOCK_ROWS
@@ -42,8 +42,6 @@ _BETA2 = tl.constexpr(int(HyperparameterColumn.BETA2))
 _WEIGHT_DECAY = tl.constexpr(int(HyperparameterColumn.WEIGHT_DECAY))
 # One warp for a key, so that none waits for another one's duplicates.
 _WARPS = 1
-# Adam's states beside the conversion of 16-bit rows: with the 96 that sums ask for, one value goes to memory.
-_REGISTERS_OF_16_BIT_ROWS = 104
 
 
 @triton.jit
@@ -127,7 +125,7 @@ def update(
     rows = row_tile(layout.dim, warps=_WARPS)
     adam = layout.optimizer is OptimizerKind.ADAM
     corrections = bias_corrections(hyperparameters, steps) if adam else hyperparameters
-    registers = SUM_ROWS_REGISTERS if layout.embedding_dtype is torch.float32 else _REGISTERS_OF_16_BIT_ROWS
+    registers = sum_rows_registers(layout.dim, converts=layout.embedding_dtype is not torch.float32)
     options = LaunchOptions(row_warps(layout.dim, warps=_WARPS), registers, enable_fp_fusion=False)
     launch(
         _update_kernel, resident_programs(triton.cdiv(entries, rows), slots, options), view.addresses, unique.count,
