@@ -29,7 +29,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def finished(path: Path) -> Path:
     """The folder that holds the checkpoint ``path``: itself, or ``<path>.previous`` where that was not finished."""
-    previous = _beside(path, ".previous")
+    previous = _beside(Path(os.path.realpath(path)), ".previous")
     return previous if not path.exists() and (previous / MANIFEST).exists() else path
 
 
@@ -50,7 +50,7 @@ class Staging:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.abspath(path))
+        self.path = Path(os.path.realpath(path))  # where a link leads to: the link itself stays as it is
         self.folder = _beside(self.path, ".unfinished")
 
     def begin(self, overwrite: bool = False) -> None:
@@ -77,7 +77,7 @@ class Staging:
         if not os.path.lexists(self.path) or (self.path.is_dir() and not any(self.path.iterdir())):
             return
         remedy = "choose another path, or overwrite=True (--overwrite) to replace it"
-        if not self.path.is_dir() or self.path.is_symlink():
+        if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: not a folder; {remedy}")
         try:
             own = set(read_manifest(self.path).files())
