@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dynamicemb.checkpoint.arrays import from_disk
+from dynamicemb.checkpoint.chain import ChainedTable
 from dynamicemb.checkpoint.manifest import TableRecord
 from dynamicemb.checkpoint.passes import FullTable, Pass, Spans, TableSource, problems_of, read_ahead
 from dynamicemb.checkpoint.progress import Reporter, progress
@@ -109,9 +110,7 @@ def _source(checkpoints: list[Checkpoint], table: DynamicTable) -> TableSource:
                 "name the tables to load in table_names"
             )
         stored.append(checkpoint.tables[table.collection, table.name])
-    if len(stored) == 1 and stored[0].record.since is None:
-        return FullTable(stored[0])
-    return FullTable(stored[0])
+    return FullTable(stored[0]) if len(stored) == 1 and stored[0].record.since is None else ChainedTable(stored)
 
 
 def _check_fit(checkpoint: Checkpoint, table: DynamicTable, record: TableRecord, optim: bool) -> None:
