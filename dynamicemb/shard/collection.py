@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
@@ -20,8 +23,11 @@ from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding
 from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, without_samples
 from dynamicemb.shard.ids import with_integer_ids
 from dynamicemb.shard.lookup import DynamicLookup
+from dynamicemb.shard.restore import restore_tables
 from dynamicemb.shard.route import DynamicShardingContext
+from dynamicemb.shard.sharded_rows import StagedShardedTensor
 from dynamicemb.shard.sharding import DYNAMIC_ROW_WISE, DynamicSequenceSharding
+from dynamicemb.shard.state_dict import WEIGHT, described_entries, entry_names, table_slots, table_states
 from dynamicemb.shard.static_dedup import dedup_static
 
 __all__ = ["ShardedDynamicEmbeddingCollection"]
@@ -43,7 +49,11 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
             for config in module.embedding_configs()
             if isinstance(table_name_to_parameter_sharding.get(config.name), DynamicEmbParameterSharding)
         ]
+        self._describes_tables = False
+        # torchrec's constructor loads the rows of the static tables that the module has, unless they are on `meta`.
+        self._is_complete = False
         super().__init__(module, table_name_to_parameter_sharding, *args, **kwargs)
+        self._is_complete = True
 
     @property
     def dynamic_lookup(self) -> Optional[DynamicLookup]:
@@ -148,40 +158,68 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         # torchrec has the option `skip_registering` from 1.7 on.
         super()._initialize_torch_state(**options)
         if self._dynamic_tables and not options.get("skip_registering", False):
-            self._register_state_dict_hook(self._drop_empty_parameters)
-            self._register_load_state_dict_pre_hook(self._skip_dynamic_tables, with_module=True)
+            self._register_state_dict_hook(self._add_dynamic_tables)
+            self._register_load_state_dict_pre_hook(self._load_dynamic_tables, with_module=True)
 
-    def _weight_keys(self, prefix: str) -> list[str]:
-        return [f"{prefix}embeddings.{table}.weight" for table in self._dynamic_tables]
+    @contextmanager
+    def described_tables(self) -> Iterator[None]:
+        """Inside it, ``state_dict()`` has an :class:`~dynamicemb.shard.state_dict.EntryDescription` for each entry of
+        a dynamic table: nothing is copied, and nothing is exchanged."""
+        before, self._describes_tables = self._describes_tables, True
+        try:
+            yield
+        finally:
+            self._describes_tables = before
 
     @staticmethod
-    def _drop_empty_parameters(
+    def _add_dynamic_tables(
         self: nn.Module, destination: dict[str, Any], prefix: str, _local_metadata: dict[str, Any]
     ) -> None:
-        """The parameter of a dynamic table holds nothing; a state dict that showed it would pretend otherwise."""
-        assert isinstance(self, ShardedDynamicEmbeddingCollection)
-        for key in self._weight_keys(prefix):
-            destination.pop(key, None)
-        warnings.warn(
-            f"state_dict() does not contain the rows of dynamic tables ({', '.join(self._dynamic_tables)})",
-            DynamicEmbWarning,
-            stacklevel=2,
-        )
+        """Puts rows in the place of the parameters, which hold nothing; see :mod:`dynamicemb.shard.state_dict`."""
+        assert isinstance(self, ShardedDynamicEmbeddingCollection) and self.dynamic_lookup is not None
+        for table in self._dynamic_tables:
+            destination.pop(f"{prefix}embeddings.{table}.weight", None)
+        for key in [key for key in destination if key.startswith(f"{prefix}embeddings.")]:
+            if isinstance(destination[key], ShardedTensor):  # of a static table
+                destination[key] = StagedShardedTensor.of(destination[key])
+        states = described_entries if self._describes_tables else table_states
+        for table, entries in states(self.dynamic_lookup).items():
+            destination.update({f"{prefix}embeddings.{table}.{name}": value for name, value in entries.items()})
 
     @staticmethod
-    def _skip_dynamic_tables(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Rows of a static table cannot be assigned to a dynamic one by position: they belong to ids."""
-        assert isinstance(self, ShardedDynamicEmbeddingCollection)
-        ignored = []
-        for table, key in zip(self._dynamic_tables, self._weight_keys(prefix), strict=True):
-            if state_dict.pop(key, None) is not None:
-                ignored.append(table)
-            if key not in self._skip_missing_weight_key:
-                self._skip_missing_weight_key.append(key)
-        if ignored:
+    def _load_dynamic_tables(
+        self: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        _local_metadata: dict[str, Any],
+        _strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        """Restores the tables whose entries are all there, and reports what is missing of the others."""
+        assert isinstance(self, ShardedDynamicEmbeddingCollection) and self.dynamic_lookup is not None
+        states: dict[str, dict[str, Any]] = {}
+        static, missing = [], []
+        for table in table_slots(self.dynamic_lookup):
+            start = f"{prefix}embeddings.{table.name}."
+            names = entry_names(table.layout)
+            found = {name: state_dict.pop(start + name) for name in names if start + name in state_dict}
+            if WEIGHT in found:
+                state_dict[start + WEIGHT] = self.embeddings[table.name].weight  # what torch expects for a parameter
+            if len(found) == len(names):
+                states[table.name] = found
+            # torch itself notices that the weight is missing.
+            missing += [start + name for name in names if name not in found and name != WEIGHT]
+            if list(found) == [WEIGHT]:
+                static.append(table.name)
+        if static:
             warnings.warn(
-                f"load_state_dict() leaves dynamic tables as they are: rows of static tables ({', '.join(ignored)}) "
-                "belong to positions, not to ids",
+                f"the state dict has rows of static tables for the dynamic tables {', '.join(static)}: they are not "
+                "loaded, since they belong to positions, not to ids; dynamicemb.checkpoint.static.load_static makes "
+                "row i the row of id i",
                 DynamicEmbWarning,
                 stacklevel=2,
             )
+        if self._is_complete:
+            missing_keys += missing
+            restore_tables(self.dynamic_lookup, states)
