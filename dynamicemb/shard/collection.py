@@ -27,7 +27,7 @@ from dynamicemb.shard.restore import restore_tables
 from dynamicemb.shard.route import DynamicShardingContext
 from dynamicemb.shard.sharded_rows import StagedShardedTensor
 from dynamicemb.shard.sharding import DYNAMIC_ROW_WISE, DynamicSequenceSharding
-from dynamicemb.shard.state_dict import WEIGHT, described_entries, entry_names, table_slots, table_states
+from dynamicemb.shard.state_dict import WEIGHT, described_entries, entry_names, name_entries, table_slots, table_states
 from dynamicemb.shard.static_dedup import dedup_static
 
 __all__ = ["ShardedDynamicEmbeddingCollection"]
@@ -38,6 +38,7 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
 
     Static tables are sharded as torchrec does it. The dynamic ones form one sharding of their own, which comes last;
     their ids are always deduplicated before they travel, whatever ``use_index_dedup`` says for the static ones.
+    ``state_dict()`` and ``load_state_dict()`` are collective, see :mod:`dynamicemb.shard.state_dict`.
     Arguments as for torchrec's class.
     """
 
@@ -157,6 +158,9 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
     def _initialize_torch_state(self, **options: bool) -> None:
         # torchrec has the option `skip_registering` from 1.7 on.
         super()._initialize_torch_state(**options)
+        if self.dynamic_lookup is not None:
+            for table in table_slots(self.dynamic_lookup):
+                name_entries(self.embeddings[table.name], table.layout)
         if self._dynamic_tables and not options.get("skip_registering", False):
             self._register_state_dict_hook(self._add_dynamic_tables)
             self._register_load_state_dict_pre_hook(self._load_dynamic_tables, with_module=True)

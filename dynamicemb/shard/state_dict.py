@@ -9,15 +9,21 @@ A table ``item`` of a collection has, after ``<path of the collection>.embedding
   (:data:`~dynamicemb.table.optimizers.HYPERPARAMETERS`) and ``slots`` int64 [ranks], the same on every rank.
 
 Nothing of this depends on how tables are grouped or planned. Rows are copies in host memory, so training may go on.
+Optimizer state of rows is here and not in ``fused_optimizer.state_dict()``, which has the learning rates alone.
+
+Ranks tell each other how many rows they have: all ranks that share a table must call ``state_dict()`` together, as they
+must ``load_state_dict()``. ``full_state_dict`` of torch's ``get_model_state_dict`` cannot gather shards of unequal size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Optional
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dynamicemb.kernels.layout import RowLayout
 from dynamicemb.shard.lookup import DynamicLookup, GroupModule
@@ -38,6 +44,7 @@ __all__ = [
     "TableSlot",
     "described_entries",
     "entry_names",
+    "name_entries",
     "row_entries",
     "state_entry",
     "table_slots",
@@ -46,6 +53,7 @@ __all__ = [
 
 KEYS, SCORES, WEIGHT, SLOTS = "keys", "scores", "weight", "slots"
 PROGRESS_ENTRY, HYPERPARAMETERS_ENTRY = "progress", "hyperparameters"
+_OPTIMIZER = "optimizer"
 #: What the numbers of ``progress`` are. Events are added up over all ranks.
 PROGRESS = ("clock", "steps", "custom_score", "hits", "evicted", "refused")
 #: Rows that are copied to host memory at a time.
@@ -102,7 +110,7 @@ def table_slots(lookup: DynamicLookup) -> list[TableSlot]:
 
 def state_entry(state: str) -> str:
     """The entry that holds an optimizer state."""
-    return f"optimizer.{state}"
+    return f"{_OPTIMIZER}.{state}"
 
 
 def row_entries(layout: RowLayout) -> tuple[RowEntry, ...]:
@@ -119,6 +127,16 @@ def row_entries(layout: RowLayout) -> tuple[RowEntry, ...]:
 def entry_names(layout: RowLayout) -> tuple[str, ...]:
     """All entries of a table."""
     return (*(entry.name for entry in row_entries(layout)), PROGRESS_ENTRY, HYPERPARAMETERS_ENTRY, SLOTS)
+
+
+def name_entries(module: nn.Module, layout: RowLayout) -> None:
+    """Gives the module of a table an attribute for each entry: ``get_model_state_dict`` of torch looks them up."""
+    for name in entry_names(layout):
+        if "." not in name and name != WEIGHT:
+            setattr(module, name, None)
+    if layout.states:
+        optimizer = SimpleNamespace(**dict.fromkeys(state.name for state in layout.states))
+        setattr(module, _OPTIMIZER, optimizer)
 
 
 def described_entries(lookup: DynamicLookup) -> dict[str, dict[str, EntryDescription]]:

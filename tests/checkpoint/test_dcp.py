@@ -224,6 +224,54 @@ def test_a_single_process_without_a_group(tmp_path: Path) -> None:
     run_on_ranks(1, _without_group, str(tmp_path))
 
 
+def _some_ranks(rank: int, world_size: int, folder: str) -> None:
+    """The tables are on two of three ranks; the third takes part in nothing."""
+    group = dist.new_group([0, 2])
+    if rank == 1:
+        return
+    first, second = (distribute(collection(table("t0")), {"t0": dynamic()}, SGD, group=group) for _ in range(2))
+    first(features_of({"t0": [list(range(rank, 30))]}))["t0"].values().sum().backward()
+    dcp.save(first.state_dict(), checkpoint_id=folder, process_group=group)
+    load(second, folder, process_group=group)
+    assert contents(first) == contents(second) and len(contents(first)["t0"]) > 5
+
+
+def test_tables_on_some_of_the_ranks(tmp_path: Path) -> None:
+    run_on_ranks(3, _some_ranks, str(tmp_path))
+
+
+def _optimizer(rank: int, world_size: int, folder: str) -> None:
+    """The fused optimizer's own state dict goes into the checkpoint as well, and comes back."""
+    first, second = model(), model()
+    for group in first.fused_optimizer.param_groups:
+        group["lr"] = 0.25
+    train(first, range(3), rank, world_size)
+    first.fused_optimizer.step()
+    saved = {"model": first.state_dict(), "optimizer": first.fused_optimizer.state_dict()}
+    dcp.save(saved, checkpoint_id=folder)
+    load(second, folder, prefix="model.")
+    assert [group["lr"] for group in second.fused_optimizer.param_groups] == [0.25] * 3
+    third = model()
+    state = {
+        "model": sized_state_dict(third, folder, prefix="model."),
+        "optimizer": third.fused_optimizer.state_dict(),
+    }
+    dcp.load(state, checkpoint_id=folder)
+    third.load_state_dict(state["model"])
+    third.fused_optimizer.load_state_dict(state["optimizer"])
+    assert not state["optimizer"]["state"], "optimizer state of rows is in the state dict of the model"
+    names = [name for group in state["optimizer"]["param_groups"] for name in group["params"]]
+    assert sorted(names) == [f"embeddings.embeddings.t{number}.weight" for number in range(3)]
+    for one in (first, second, third):
+        train(one, range(3, 5), rank, world_size)
+        one.fused_optimizer.step()
+    assert contents(first) == contents(second) == contents(third)
+
+
+def test_beside_the_state_of_the_optimizer(tmp_path: Path) -> None:
+    run_on_ranks(2, _optimizer, str(tmp_path))
+
+
 def _part_of_a_dict(rank: int, world_size: int, folder: str) -> None:
     """As in the documentation: the model is one of several things in the checkpoint."""
     first, second = model(), model()

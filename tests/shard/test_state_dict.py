@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -213,6 +214,20 @@ def _subgroup(rank: int, world_size: int) -> Any:
 def test_tables_on_some_of_the_ranks() -> None:
     results = run_on_ranks(3, _subgroup)
     assert sorted([*results[0], *results[2]]) == list(range(20)) and all(len(results[rank]) > 2 for rank in (0, 2))
+
+
+def _by_torch(rank: int, world_size: int) -> None:
+    """As for torchrec's own tables, torch's functions for state dicts take what is inside DistributedModelParallel."""
+    first, second = model("adam").module, model("adam").module
+    train(first, range(5), rank, world_size)
+    state = get_model_state_dict(first)
+    assert sorted(state) == sorted(first.state_dict())
+    set_model_state_dict(second, state)
+    assert contents(second) == contents(first)
+
+
+def test_model_state_dict_of_torch() -> None:
+    run_on_ranks(2, _by_torch)
 
 
 # ---------------------------------------------------------------------------------------------------- refused
