@@ -48,7 +48,7 @@ def convert(
         dst: where to; its folder is made if needed.
         to: ``native``, ``nvidia`` (the newer layout), ``parquet`` or ``safetensors``.
         world_size: ranks of an NVIDIA dump (default: 1).
-        overwrite: replace something at ``dst`` that is no checkpoint.
+        overwrite: replace what is at ``dst``. Without it, only a checkpoint is replaced, and only by another one.
         progress: called with ``<collection>/<table>``, rows done and all rows of the table, at least at the beginning
             and at the end of each table. A row is done half when it is read and half when it is written.
         dim: columns of the embeddings in an NVIDIA dump, where its sizes do not tell.
@@ -202,6 +202,10 @@ def _write_others(
     to: str,
     world_size: int,
 ) -> None:
+    if not overwrite and os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(
+            f"{target}: there is something already; choose another path, or overwrite=True (--overwrite) to replace it"
+        )
     staging = Staging(target)
     staging.begin(overwrite)
     try:

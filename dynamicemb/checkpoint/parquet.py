@@ -36,6 +36,7 @@ __all__ = ["ParquetSource", "ParquetTableWriter", "require_pyarrow"]
 
 _OURS = b"dynamicemb"
 _COLUMN_BY_PART = {KEYS: "id", VALUES: "row", SCORES: "score"}
+_BUFFER_BYTES = 1 << 20
 _RESTORE = "write the file again, or restore it from a copy"
 
 
@@ -143,8 +144,8 @@ class ParquetSource:
         self._arrow = require_pyarrow()
         self.path, self.collection, self.table = path, collection, table
         try:
-            # Memory-mapped or buffered whole, a row group would be counted against our memory.
-            self._file = self._arrow.parquet.ParquetFile(path, pre_buffer=False)
+            # Without a buffer size, a whole column of a row group is read at once, however large others made them.
+            self._file = self._arrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         except (OSError, self._arrow.ArrowException) as error:
             raise CheckpointError(f"{path}: not a Parquet file ({error}); {_RESTORE}") from None
         try:

@@ -185,12 +185,25 @@ def test_something_else_is_replaced_only_when_told_to(tmp_path: Path, to: str) -
     native(tmp_path / "src")
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match=r"dst holds something .*overwrite=True"):
+    with pytest.raises(CheckpointError, match=r"dst: there is something already.*overwrite=True"):
         convert(tmp_path / "src", tmp_path / "dst", to)
+    with pytest.raises(CheckpointError, match=r"src: there is something already.*overwrite=True"):
+        convert(tmp_path / "src", tmp_path / "src", to)  # in the place of the only copy
+    assert detect(tmp_path / "src") == "native"
     assert files_below(tmp_path / "dst") == {"thesis.txt": b"years of work"}
     convert(tmp_path / "src", tmp_path / "dst", to, overwrite=True)
     assert "thesis.txt" not in files_below(tmp_path / "dst")
     assert detect(tmp_path / "dst") == to
+
+
+def test_a_checkpoint_replaces_only_checkpoints(tmp_path: Path) -> None:
+    native(tmp_path / "src")
+    native(tmp_path / "dst", "float16")
+    convert(tmp_path / "src", tmp_path / "dst", "native")
+    assert files_below(tmp_path / "dst") == files_below(tmp_path / "src")
+    (tmp_path / "dst" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"thesis.txt.*overwrite=True"):
+        convert(tmp_path / "src", tmp_path / "dst", "native")
 
 
 def test_one_inside_the_other_is_refused(tmp_path: Path) -> None:

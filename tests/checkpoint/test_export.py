@@ -159,6 +159,22 @@ def test_parquet_from_elsewhere(
     assert record.evict_strategy == "lfu"
 
 
+def test_a_row_group_of_any_size_is_read_in_pieces(tmp_path: Path) -> None:
+    """One of 64 MiB: pyarrow's memory, which tracemalloc does not see, stays below that."""
+    rows, dim = 1 << 17, 128
+    values = np.random.default_rng(0).standard_normal(rows * dim, np.float32)
+    table = pa.table({"id": np.arange(rows), "row": pa.FixedSizeListArray.from_arrays(pa.array(values), dim)})
+    pq.write_table(table, foreign(tmp_path).with_suffix(".parquet"), row_group_size=rows, use_dictionary=False)
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        convert(tmp_path / "src", tmp_path / "dst", "native")
+    finally:
+        pa.set_memory_pool(before)
+    assert 0 < pool.max_memory() < 60 << 20
+    assert stored_arrays(tmp_path / "dst", COLLECTION, "item")["values"].shape == (rows, dim)
+
+
 def test_one_file(tmp_path: Path) -> None:
     path = foreign(tmp_path).with_suffix(".parquet")
     table = {"id": KEYS, "row": pa.FixedSizeListArray.from_arrays(pa.array(VALUES.reshape(-1)), DIM)}

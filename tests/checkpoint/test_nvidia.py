@@ -133,6 +133,30 @@ def test_older_rowwise_state_with_padding(tmp_path: Path, padding: int, hint: Op
     assert_same_rows(arrays, expected(np.zeros(ROWS), opt_sum=state[:, :1]))
 
 
+@pytest.mark.parametrize("kind", list(OPT_ARGS))
+@pytest.mark.parametrize("hint", [None, DIM])
+def test_older_dump_that_names_no_optimizer(tmp_path: Path, kind: str, hint: Optional[int]) -> None:
+    """The first versions wrote the numbers of the optimizer alone; widths tell the two Adagrads apart, or dim does."""
+    opt_args = {name: number for name, number in OPT_ARGS[kind].items() if name != "opt_type"}
+    values = np.concatenate([VALUES, states(kind)[:, : WIDTH[kind]]], axis=1)
+    write_older(tmp_path / "src" / COLLECTION, values, None, opt_args)
+    if kind == "adagrad":  # 8 + 8: the state may be one number with padding for halves
+        with pytest.raises(CheckpointError, match=r"opt_args.json: does not name the optimizer.*which Adagrad"):
+            convert(tmp_path / "src", tmp_path / "dst", "native", dim=hint)
+        return
+    arrays, record = converted(tmp_path, dim=hint)
+    assert_same_rows(arrays, expected(np.zeros(ROWS), **split(kind, states(kind)[:, : WIDTH[kind]])))
+    assert record.optimizer.kind == kind and record.optimizer.saved
+
+
+def test_wider_rows_tell_adagrad_by_their_dim(tmp_path: Path) -> None:
+    """dim 8 with 8 columns of state could be padded row-wise state; with dim 16 there is one reading."""
+    opt_args = {"lr": 0.5, "eps": 1e-6, "initial_accumulator_value": 0.1}
+    write_older(tmp_path / "src" / COLLECTION, np.concatenate([VALUES] * 4, axis=1), None, opt_args)
+    arrays, record = converted(tmp_path, dim=2 * DIM)
+    assert record.optimizer.kind == "adagrad" and arrays["opt_sum"].shape == (ROWS, 2 * DIM)
+
+
 def test_older_dump_without_its_state(tmp_path: Path) -> None:
     """The optimizer is named, but rows are DIM wide: 8 is not 3 times anything."""
     write_older(tmp_path / "src" / COLLECTION, VALUES, None, OPT_ARGS["adam"])

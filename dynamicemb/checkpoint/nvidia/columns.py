@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,21 @@ from typing import Optional
 
 from dynamicemb.checkpoint.manifest import OptimizerRecord
 from dynamicemb.checkpoint.nvidia.files import OPT_ARGS, Shard, TableFiles
-from dynamicemb.checkpoint.nvidia.opt_args import state_widths
+from dynamicemb.checkpoint.nvidia.opt_args import EITHER_ADAGRAD, state_widths
 from dynamicemb.errors import CheckpointError
 from dynamicemb.kernels.layout import OptimizerKind, OptimizerState, optimizer_states
 
-__all__ = ["AGAIN", "KEY_BYTES", "SCORE_BYTES", "VALUE_BYTES", "Columns", "columns_of", "rows_by_shard", "states_of"]
+__all__ = [
+    "AGAIN",
+    "KEY_BYTES",
+    "SCORE_BYTES",
+    "VALUE_BYTES",
+    "Columns",
+    "columns_of",
+    "resolved",
+    "rows_by_shard",
+    "states_of",
+]
 
 KEY_BYTES = SCORE_BYTES = 8
 VALUE_BYTES = 4
@@ -108,7 +119,7 @@ def columns_of(
     Args:
         files, rows: the files, and rows by shard.
         dim: columns of the embedding, where they are known.
-        optimizer: None: not known.
+        optimizer: None: not known. Its kind is one of a manifest's.
         required: optimizer state must be there if the optimizer has any.
 
     Raises:
@@ -117,6 +128,38 @@ def columns_of(
     if files.older:
         return _older_columns(files, rows, dim, optimizer)
     return _newer_columns(files, rows, dim, optimizer, required)
+
+
+def resolved(
+    optimizer: Optional[OptimizerRecord], files: TableFiles, rows: list[int], dim: Optional[int]
+) -> Optional[OptimizerRecord]:
+    """``optimizer`` with the one kind that fits the widths, where its kind was either Adagrad; None if it has no state.
+
+    Raises:
+        CheckpointError: both fit, or neither does.
+    """
+    if optimizer is None or optimizer.kind != EITHER_ADAGRAD:
+        return optimizer
+    width = _value_width(files, rows, dim)
+    if files.older:
+        state = None if dim is None else width - dim
+    else:
+        dim = width
+        states = [shard.states for shard in files.shards if shard.states is not None]
+        state = _common_width(states, rows, [shard.keys for shard in files.shards]) if states else 0
+    if state == 0:
+        return None
+    if state is None:  # of the older layout, dim unknown: an odd width is no two of anything
+        kinds = ["rowwise_adagrad"] if width % 2 else []
+    else:
+        assert dim is not None
+        kinds = [kind for kind in ("adagrad", "rowwise_adagrad") if state_widths(kind, state, dim) is not None]
+    if len(kinds) != 1:
+        raise CheckpointError(
+            f"{files.opt_args}: does not name the optimizer, and rows of {width} values do not tell which Adagrad it "
+            "was; give dim, or add an opt_type of exact_adagrad or exact_row_wise_adagrad to the file"
+        )
+    return dataclasses.replace(optimizer, kind=kinds[0])
 
 
 def _value_width(files: TableFiles, rows: list[int], dim: Optional[int]) -> int:

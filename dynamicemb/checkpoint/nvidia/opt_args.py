@@ -14,7 +14,7 @@ from dynamicemb.errors import CheckpointError
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.table.optimizers import OptimizerConfig
 
-__all__ = ["OptArgs", "opt_args_of", "read_opt_args", "state_widths"]
+__all__ = ["EITHER_ADAGRAD", "OptArgs", "opt_args_of", "read_opt_args", "state_widths"]
 
 _KIND_BY_OPT_TYPE = {
     "sgd": "sgd",
@@ -48,6 +48,8 @@ _STRATEGIES = {
     "klru": "lru", "lru": "lru", "klfu": "lfu", "lfu": "lfu", "kcustomized": "customized", "customized": "customized",
 }  # fmt: skip
 _STRATEGY_NAME = {"lru": "EvictStrategy.KLru", "lfu": "EvictStrategy.KLfu", "customized": "EvictStrategy.KCustomized"}
+#: Kind of an optimizer whose numbers both Adagrads have; the width of its state tells which one it is.
+EITHER_ADAGRAD = "adagrad or rowwise_adagrad"
 #: Name of the field that holds what NVIDIA's files have no place for; their loader takes no notice of it.
 _OURS = "dynamicemb_record"
 
@@ -57,7 +59,7 @@ class OptArgs:
     """The file's content.
 
     Attributes:
-        optimizer: None: it names none.
+        optimizer: None: it tells of none. Its kind may be :data:`EITHER_ADAGRAD`.
         evict_strategy: None: it names none.
         step_score: the score that touched keys get, where the user or a step counter sets it.
         ours: the table's record, where dynamicemb wrote the dump.
@@ -104,9 +106,13 @@ def read_opt_args(path: Path) -> OptArgs:
 
 
 def _optimizer(path: Path, args: dict[str, Any]) -> Optional[OptimizerRecord]:
-    if "opt_type" not in args:
+    kind: Optional[str]
+    if "opt_type" in args:
+        kind = _KIND_BY_OPT_TYPE.get(str(args["opt_type"]))
+    elif "lr" not in args:
         return None
-    kind = _KIND_BY_OPT_TYPE.get(str(args["opt_type"]))
+    else:  # The first versions name no optimizer, but write its numbers.
+        kind = "adam" if "beta1" in args else EITHER_ADAGRAD if "initial_accumulator_value" in args else "sgd"
     if kind is None:
         raise CheckpointError(
             f"{path}: opt_type is {args['opt_type']!r}; known are {', '.join(_KIND_BY_OPT_TYPE)}: dump the table "

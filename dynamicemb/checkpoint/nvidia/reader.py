@@ -25,6 +25,7 @@ from dynamicemb.checkpoint.nvidia.columns import (
     SCORE_BYTES,
     VALUE_BYTES,
     columns_of,
+    resolved,
     rows_by_shard,
     states_of,
 )
@@ -67,6 +68,7 @@ class NvidiaSource:
         if dim is None and ours is not None:
             dim = ours.schema.dim
         optimizer = ours.optimizer if ours is not None else self._args.optimizer
+        optimizer = resolved(optimizer, files, self._rows, dim)
         required = ours is not None and ours.optimizer.saved
         self._columns = columns_of(files, self._rows, dim, optimizer, required)
         self.record = self._record(hints, optimizer, dtype or (ours.schema.dtype if ours is not None else "float32"))
