@@ -9,10 +9,11 @@ A table ``item`` of a collection has, after ``<path of the collection>.embedding
   (:data:`~dynamicemb.table.optimizers.HYPERPARAMETERS`) and ``slots`` int64 [ranks], the same on every rank.
 
 Nothing of this depends on how tables are grouped or planned. Rows are copies in host memory, so training may go on.
-Optimizer state of rows is here and not in ``fused_optimizer.state_dict()``, which has the learning rates alone.
+Optimizer state of rows is here, and so are learning rates; ``fused_optimizer.state_dict()`` has nothing of them.
 
 Ranks tell each other how many rows they have: all ranks that share a table must call ``state_dict()`` together, as they
-must ``load_state_dict()``. ``full_state_dict`` of torch's ``get_model_state_dict`` cannot gather shards of unequal size.
+must ``load_state_dict()``. ``get_model_state_dict`` of torch works with the module inside ``DistributedModelParallel``,
+but its option ``full_state_dict`` does not: it cannot gather shards of unequal size.
 """
 
 from __future__ import annotations

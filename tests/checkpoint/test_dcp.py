@@ -260,8 +260,6 @@ def _optimizer(rank: int, world_size: int, folder: str) -> None:
     third.load_state_dict(state["model"])
     third.fused_optimizer.load_state_dict(state["optimizer"])
     assert not state["optimizer"]["state"], "optimizer state of rows is in the state dict of the model"
-    names = [name for group in state["optimizer"]["param_groups"] for name in group["params"]]
-    assert sorted(names) == [f"embeddings.embeddings.t{number}.weight" for number in range(3)]
     for one in (first, second, third):
         train(one, range(3, 5), rank, world_size)
         one.fused_optimizer.step()

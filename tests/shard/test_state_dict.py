@@ -20,7 +20,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dynamicemb import CheckpointError, DynamicEmbError, DynamicEmbWarning
-from dynamicemb.shard import sharded_rows, table_statistics
+from dynamicemb.shard import restore, sharded_rows, state_dict, table_statistics
 from tests.checkpoint.models import OPTIMIZERS, contents, model, train
 from tests.distributed import run_on_ranks
 from tests.oracle import mix64, owner
@@ -138,6 +138,7 @@ def test_rows_of_all_ranks_are_the_sorted_table(world_size: int) -> None:
 
 
 def _round_trip(rank: int, world_size: int) -> None:
+    state_dict._PIECE_ROWS = restore._PIECE_ROWS = 37  # several pieces
     for optimizer in OPTIMIZERS:
         first, second = (model(optimizer, init_capacity=32) for _ in range(2))
         train(first, range(8), rank, world_size)
@@ -158,6 +159,28 @@ def _round_trip(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_state_dict_restores_everything(world_size: int) -> None:
     run_on_ranks(world_size, _round_trip)
+
+
+def _growing(rank: int, world_size: int) -> None:
+    """Keys of few buckets make a table grow in which few of them find a place: its size does not follow from its rows.
+
+    Neighbours in the order of mixed keys are in the same bucket.
+    """
+    crowd = sorted(range(100_000), key=mix64)[:60]
+    arguments: dict[str, Any] = {"tables": 1, "capacity": 4096, "init_capacity": 32, "max_load_factor": 0.9}
+    first, second = model(**arguments), model(**arguments)
+    first(features_of({"t0": [crowd]})).backward()
+    train(second, range(50, 80), rank, world_size)
+    before = table_statistics(first)["t0"]
+    assert before.size < 30 and before.slots >= 64
+    second.load_state_dict(first.state_dict())
+    assert table_statistics(second)["t0"] == before
+    losses = [train(one, range(4, 40), rank, world_size) for one in (first, second)]
+    assert losses[0] == losses[1] and table_statistics(first) == table_statistics(second)
+
+
+def test_a_table_that_grows_goes_on_growing() -> None:
+    run_on_ranks(2, _growing)
 
 
 def _complete_tensors(rank: int, world_size: int) -> None:
