@@ -30,6 +30,7 @@ from dynamicemb.version import __version__
 _LAZY = {
     "DynamicEmbDump": "dynamicemb.checkpoint.dump",
     "DynamicEmbLoad": "dynamicemb.checkpoint.load",
+    "incremental_dump": "dynamicemb.checkpoint.incremental",
 }
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "KeyTypeError",
     "RemoteRankError",
     "__version__",
+    "incremental_dump",
 ]
 
 

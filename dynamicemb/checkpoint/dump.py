@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
+import numpy as np
 import torch.distributed as dist
 from torch import nn
 
@@ -16,14 +17,16 @@ from dynamicemb.checkpoint.crc import Span
 from dynamicemb.checkpoint.manifest import Manifest, TableRecord
 from dynamicemb.checkpoint.progress import Reporter, progress
 from dynamicemb.checkpoint.ranks import Ranks
-from dynamicemb.checkpoint.schema import TableSchema
+from dynamicemb.checkpoint.schema import EVICTED, EVICTED_PART, Rows, TableSchema
 from dynamicemb.checkpoint.selection import record_of, schema_of, selected_tables, shared_group
 from dynamicemb.checkpoint.staging import Staging
 from dynamicemb.checkpoint.writer import TableWriter, part_records, reserve, write_manifest, writing_behind
 from dynamicemb.shard.tables import DynamicTable
+from dynamicemb.table.changes import Selection, Survey
+from dynamicemb.table.group import TableProgress
 from dynamicemb.version import __version__
 
-__all__ = ["DynamicEmbDump"]
+__all__ = ["DynamicEmbDump", "Extract", "write_checkpoint"]
 
 #: Bytes of rows that are on their way from the table to the files, in each of at most three pieces.
 _PIECE_BYTES = 16 << 20
@@ -41,7 +44,8 @@ def DynamicEmbDump(  # noqa: N802 - the name that users of other implementations
     """Writes the dynamic tables of ``model`` to a checkpoint. Called by all ranks together, between two steps.
 
     The checkpoint appears at ``path`` at once when all of it is on disk; one that was there before stays whole until
-    then. Its files do not depend on the number of ranks; ``docs/format.md`` describes them.
+    then. Its files do not depend on the number of ranks; ``docs/format.md`` describes them. From the first dump on the
+    model notes what changes, for :func:`~dynamicemb.checkpoint.incremental.incremental_dump`.
 
     Args:
         path: folder of the checkpoint, the same on every rank, on a file system that all of them see.
@@ -58,11 +62,57 @@ def DynamicEmbDump(  # noqa: N802 - the name that users of other implementations
     """
     tables = selected_tables(model, table_names)
     ranks = Ranks(shared_group(tables, pg))
-    staging = Staging(path)
-    jobs = [_Job.of(table, bool(optim), ranks) for table in tables]
+    for table in tables:
+        table.group.changes.begin()
+    write_checkpoint(Staging(path), [Extract(table) for table in tables], bool(optim), ranks, overwrite)
+
+
+@dataclass(frozen=True)
+class Extract:
+    """What one rank writes of a table.
+
+    Attributes:
+        selected: which rows; None: all.
+        gone: in a delta: keys that are no longer there, int64 [n] in ascending order of the mixed key.
+        since: in a delta: the step that it begins at.
+    """
+
+    table: DynamicTable
+    selected: Optional[Selection] = None
+    gone: Optional[np.ndarray] = None
+    since: Optional[int] = None
+
+    def share(self) -> _Share:
+        group, index = self.table.group, self.table.index
+        return _Share(
+            survey=group.changes.survey(index, self.selected),
+            gone=0 if self.gone is None else self.gone.size,
+            progress=group.progress(index),
+            slots=group.storage.geometries[index].slots,
+        )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What all ranks need to know of the extract of one of them; ``gone``: how many keys are."""
+
+    survey: Survey
+    gone: int
+    progress: TableProgress
+    slots: int
+
+
+def write_checkpoint(staging: Staging, extracts: Sequence[Extract], optim: bool, ranks: Ranks, overwrite: bool) -> None:
+    """Writes the extracts of all ranks, which are of the same tables: all full ones, or all deltas.
+
+    Raises:
+        CheckpointError, RemoteRankError: as :func:`DynamicEmbDump`.
+    """
+    shares = ranks.together(lambda: [extract.share() for extract in extracts])
+    jobs = [_Job(one, list(by_rank), optim, ranks.rank) for one, by_rank in zip(extracts, zip(*shares), strict=True)]
     try:
         ranks.first(lambda: _prepare(staging, jobs, overwrite))
-        with progress("dump", sum(job.rows for job in jobs), shown=ranks.is_first) as report:
+        with progress("dump", sum(job.own.survey.selected for job in jobs), shown=ranks.is_first) as report:
             written = ranks.together(lambda: [job.write(staging, report) for job in jobs])
         ranks.first(lambda: _complete(staging, jobs, written))
     except BaseException:
@@ -74,68 +124,82 @@ def DynamicEmbDump(  # noqa: N802 - the name that users of other implementations
 def _prepare(staging: Staging, jobs: list[_Job], overwrite: bool) -> None:
     staging.begin(overwrite)
     for job in jobs:
-        reserve(staging.folder, job.table.collection, job.table.name, dict.fromkeys(job.schema.parts, job.total_rows))
+        rows_by_part = dict.fromkeys(job.schema.parts, job.rows)
+        if job.extract.gone is not None:
+            rows_by_part[EVICTED_PART] = job.gone
+        reserve(staging.folder, job.table.collection, job.table.name, rows_by_part)
 
 
-def _complete(staging: Staging, jobs: list[_Job], written: list[list[_Written]]) -> None:
+def _complete(staging: Staging, jobs: list[_Job], written: list[list[_Spans]]) -> None:
     tables: dict[str, dict[str, TableRecord]] = {}
     for job, by_rank in zip(jobs, zip(*written, strict=True), strict=True):
-        tables.setdefault(job.table.collection, {})[job.table.name] = job.completed(by_rank)
-    write_manifest(staging.folder, Manifest("full", tables, __version__))
+        tables.setdefault(job.table.collection, {})[job.table.name] = job.record(by_rank)
+    kind = "full" if all(job.extract.since is None for job in jobs) else "delta"
+    write_manifest(staging.folder, Manifest(kind, tables, __version__))
     staging.commit()
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What one rank wrote of a table: checksums by part, and the sum of its mixed keys modulo 2**64."""
-
-    spans: dict[str, list[Span]]
-    keys_sum: int
+#: Checksums of what one rank wrote of a table, by part.
+_Spans = dict[str, list[Span]]
 
 
-@dataclass(frozen=True)
 class _Job:
-    """One table: what to write of it.
+    """One table: what this rank writes of it, and where.
+
+    Args:
+        extract: of this rank.
+        shares: of all ranks.
+        optim: whether optimizer state is saved.
+        rank: this one.
 
     Attributes:
-        record: of the manifest, but for the files.
-        first, rows: this rank's rows, and the number of the first of them.
-        total_rows: rows of all ranks.
+        own: the share of this rank.
+        rows, gone: how many of all ranks.
     """
 
-    table: DynamicTable
-    schema: TableSchema
-    record: TableRecord
-    first: int
-    rows: int
-    total_rows: int
+    def __init__(self, extract: Extract, shares: list[_Share], optim: bool, rank: int) -> None:
+        self.extract, self.table, self.own = extract, extract.table, shares[rank]
+        self.schema: TableSchema = schema_of(extract.table, optim)
+        self.rows, self.gone = sum(one.survey.selected for one in shares), sum(one.gone for one in shares)
+        self._first = sum(one.survey.selected for one in shares[:rank])
+        self._first_gone = sum(one.gone for one in shares[:rank])
+        self._shares, self._optim = shares, optim
 
-    @staticmethod
-    def of(table: DynamicTable, optim: bool, ranks: Ranks) -> _Job:
-        group, index = table.group, table.index
-        here = group.contents(index).count(), group.progress(index), group.storage.geometries[index].slots
-        rows, progress, slots = zip(*ranks.gather(here), strict=True)
-        record = record_of(table, optim, progress, slots)
-        return _Job(table, schema_of(table, optim), record, sum(rows[: ranks.rank]), here[0], sum(rows))
+    def write(self, staging: Staging, report: Reporter) -> _Spans:
+        report.table(self.table.name)
+        return self._write_rows(staging, report) | self._write_gone(staging)
 
-    def write(self, staging: Staging, report: Reporter) -> _Written:
+    def _write_rows(self, staging: Staging, report: Reporter) -> _Spans:
         contents = self.table.group.contents(self.table.index)
         piece_rows = max(1, _PIECE_BYTES // self.schema.row_bytes)
-        report.table(self.table.name)
-        keys_sum = 0
-        writer = TableWriter(staging.folder, self.table.collection, self.table.name, self.schema.parts, self.first)
+        writer = TableWriter(staging.folder, self.table.collection, self.table.name, self.schema.parts, self._first)
         with writing_behind(writer) as write:
-            for run in contents.runs(piece_rows):
-                keys_sum += int(run.mixed.sum())
+            for run in contents.runs(piece_rows, self.extract.selected):
                 write(to_disk(contents.read(run), self.schema))
                 report.advance(len(run))
-        return _Written(writer.spans, keys_sum % 2**64)
+        return writer.spans
 
-    def completed(self, written: Sequence[_Written]) -> TableRecord:
+    def _write_gone(self, staging: Staging) -> _Spans:
+        if self.extract.gone is None:
+            return {}
+        writer = TableWriter(staging.folder, self.table.collection, self.table.name, (EVICTED_PART,), self._first_gone)
+        with writing_behind(writer) as write:
+            write(Rows({EVICTED: self.extract.gone}))
+        return writer.spans
+
+    def record(self, written: Sequence[_Spans]) -> TableRecord:
+        """What the manifest says of the table, from what each rank wrote."""
+        record = record_of(
+            self.table, self._optim, [one.progress for one in self._shares], [one.slots for one in self._shares]
+        )
+        parts = part_records(self.schema.parts, written, self.rows)
+        if self.extract.gone is not None:
+            parts |= part_records([EVICTED_PART], written, self.gone)
         return dataclasses.replace(
-            self.record,
-            rows=self.total_rows,
-            table_rows=self.total_rows,
-            keys_sum=sum(one.keys_sum for one in written) % 2**64,
-            parts=part_records(self.schema.parts, [one.spans for one in written], self.total_rows),
+            record,
+            rows=self.rows,
+            parts=parts,
+            table_rows=sum(one.survey.rows for one in self._shares),
+            keys_sum=sum(one.survey.keys_sum for one in self._shares) % 2**64,
+            since=self.extract.since,
         )

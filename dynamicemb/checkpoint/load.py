@@ -101,6 +101,8 @@ def _open(
 
 
 def _source(checkpoints: list[Checkpoint], table: DynamicTable) -> TableSource:
+    if not checkpoints:
+        raise CheckpointError("no checkpoint to load; give the path of one, or of a full one and its deltas")
     stored = []
     for checkpoint in checkpoints:
         if (table.collection, table.name) not in checkpoint.tables:

@@ -24,6 +24,7 @@ from dynamicemb.kernels.tally import tally
 from dynamicemb.kernels.update import HyperparameterColumn, update
 from dynamicemb.kernels.views import KeyBatch, KeyStatus, UniqueKeys
 from dynamicemb.options import DynamicEmbEvictStrategy
+from dynamicemb.table.changes import GroupChanges
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.contents import StoredRows, TableContents
 from dynamicemb.table.initializers import initializer_view
@@ -82,11 +83,13 @@ class TrainingLookup:
         unique: the batch.
         slots: int64 [U], slot handle of each distinct key, −1 for a refused one.
         generation: the group's generation when the slots were found.
+        number: of the lookup, among all of the group.
     """
 
     unique: UniqueKeys
     slots: torch.Tensor
     generation: int
+    number: int
 
 
 class TableGroup:
@@ -123,6 +126,8 @@ class TableGroup:
         self.hyperparameters = torch.tensor(
             [config.optimizer.hyperparameters() for config in configs], dtype=torch.float64, device=device
         )
+        #: For checkpoints of what has changed since an earlier one.
+        self.changes = GroupChanges(self.storage, self.clock, self.evict_strategy is DynamicEmbEvictStrategy.LRU)
         # Keys by what became of them, int64 [T, len(KeyStatus)].
         self._outcomes = torch.zeros(tables, len(KeyStatus), dtype=torch.int64, device=device)
         # Changes whenever slots found earlier may belong to another key now.
@@ -153,9 +158,10 @@ class TableGroup:
         insertion = insert(self.storage.view, unique, slots, scores)
         fill(self.storage.view, unique, slots, insertion.status, self._initializer)
         tally(unique, insertion.status, self._outcomes)
+        self.changes.looked_up(unique, slots, insertion)
         self._generation += 1
         rows = gather(self.storage.view, slots, unique.inverse)
-        return rows, TrainingLookup(unique, slots, self._generation)
+        return rows, TrainingLookup(unique, slots, self._generation, self.changes.lookups)
 
     def eval_lookup(self, keys: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
         """Reads the rows of keys, changing nothing; absent keys read as the evaluation initializer says.
@@ -192,6 +198,7 @@ class TableGroup:
             # A key that was refused read as zeros: its gradient is not that of a row that it may have by now.
             slots = torch.where(slots == NO_SLOT, slots, found)
         update(self.storage.view, lookup.unique, slots, gradients.contiguous(), self.hyperparameters, self.steps)
+        self.changes.updated(lookup.number, lookup.unique, slots)
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -227,6 +234,7 @@ class TableGroup:
         config = self.configs[table]
         while (size := self.storage.geometries[table]).can_grow and rows > config.max_load_factor * size.slots:
             self.storage.double(table)
+            self.changes.grown(table, size)
             self._generation += 1
             logger.info(
                 "table '%s' grew from %d to %d slots (%d at most) to hold %d rows",
@@ -279,6 +287,7 @@ class TableGroup:
         self.hyperparameters[table] = torch.tensor(progress.hyperparameters, dtype=torch.float64)
         self._size_bounds[table] = rows
         self._generation += 1
+        self.changes.restart(table)
 
     def set_learning_rate(self, table: int, learning_rate: float) -> None:
         """Takes effect with the next update. Does not synchronise."""
