@@ -49,9 +49,10 @@ class BatchMaker:
         """Batches that :meth:`batches` yields, the same number on every rank."""
         return -(-len(rows) // self.batch_size)
 
-    def batches(self, rows: RowRange) -> Iterator[Batch]:
-        """The shares of this rank, in the order of the log. Reads no other rows than these (and their chunks)."""
-        for start in range(rows.start, rows.stop, self.batch_size):
+    def batches(self, rows: RowRange, done: int = 0) -> Iterator[Batch]:
+        """The shares of this rank, in the order of the log, without the first ``done`` batches. Reads no other rows
+        than these (and their chunks)."""
+        for start in range(rows.start + done * self.batch_size, rows.stop, self.batch_size):
             count = min(self.batch_size, rows.stop - start)
             first, last = (start + count * rank // self.world_size for rank in (self.rank, self.rank + 1))
             yield self.batch(rows.source.read(first, last), count)

@@ -38,6 +38,9 @@ class DemoOptions:
     dynamic: frozenset[str]
     seed: int
     summary: Optional[Path]
+    save: Optional[Path]
+    save_every: Optional[int]
+    load: Optional[Path]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,7 +67,11 @@ def parse(arguments: Sequence[str]) -> DemoOptions:
         raise ConfigError("--eval-data needs --data: ids of a generated log mean nothing in another one")
     if given.summary is not None:
         _check_writable(given.summary)
+    if given.save_every is not None and given.save is None:
+        raise ConfigError("--save-every needs --save: the place where the run is kept")
     dynamic = _dynamic_tables(given.dynamic)
+    if (given.save is not None or given.load is not None) and not dynamic:
+        raise ConfigError("--dynamic none: --save and --load keep dynamic tables, of which this run has none")
     if len(dynamic) < len(CATEGORICAL) and given.embedding_dim % 4:
         raise ConfigError(
             f"--embedding-dim {given.embedding_dim}: static tables need a multiple of 4; use "
@@ -85,6 +92,9 @@ def parse(arguments: Sequence[str]) -> DemoOptions:
         dynamic=dynamic,
         seed=given.seed,
         summary=given.summary,
+        save=given.save,
+        save_every=given.save_every,
+        load=given.load,
     )
 
 
@@ -153,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--seed", type=_seed, default=0, help="of the model, the new rows and the generated log (default: %(default)s)")
     add("--summary", type=Path, default=None, metavar="FILE", help="write the results to this file as JSON")
+    add("--save", type=Path, default=None, metavar="DIR", help="save the run there when it has been trained")
+    add("--save-every", type=_positive, default=None, metavar="STEPS", help="also save it every so many steps")
+    add("--load", type=Path, default=None, metavar="DIR", help="go on with the run that was saved there")
     return parser
 
 

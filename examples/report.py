@@ -97,13 +97,18 @@ def training_progress(steps: int, shown: bool) -> Iterator[Callable[[int, float,
         yield lambda done, loss, speed: progress.update(task, completed=done, loss=loss, speed=speed)
 
 
-def print_result(result: RunResult) -> None:
+def print_resumed(path: Path, done: int, steps: int) -> None:
+    left = "nothing is left to train" if done >= steps else f"{steps - done:,} are left"
+    Console().print(f"resumed from {path}: {done:,} of {steps:,} steps done, {left}", highlight=False, soft_wrap=True)
+
+
+def print_result(result: RunResult, saved: Optional[Path]) -> None:
     console = Console()
+    speed = f"{result.ids_per_second:,.0f} ids/s, " if result.ids_per_second else ""
     auc = "undefined (one class only)" if result.auc is None else f"{result.auc:.4f}"
     console.print(
         f"held-out rows {result.eval_rows:,}   AUC {auc}   log loss {result.log_loss:.4f}\n"
-        f"trained on {result.rows:,} rows, {result.ids_per_second:,.0f} ids/s, "
-        f"{result.world_size} rank(s), {result.engine} engine",
+        f"trained on {result.rows:,} rows, {speed}{result.world_size} rank(s), {result.engine} engine",
         highlight=False,
     )
     table = Table(box=box.SIMPLE)
@@ -116,6 +121,8 @@ def print_result(result: RunResult) -> None:
         size = _count(row.size) if row.dynamic else "static"
         table.add_row(name, size, _count(row.capacity), load, *map(_count, counts))
     console.print(table)
+    if saved is not None:
+        console.print(f"saved to {saved}", highlight=False, soft_wrap=True)
 
 
 def _count(number: Optional[int]) -> str:

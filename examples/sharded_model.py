@@ -39,10 +39,15 @@ TABLE_OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class ShardedModel:
-    """The model and the optimizer of its dense part; the tables' optimizers run in the backward pass."""
+    """The model and the optimizer of its dense part; the tables' optimizers run in the backward pass.
+
+    Attributes:
+        dynamic_tables: names of the tables that are hash tables.
+    """
 
     model: nn.Module
     dense_optimizer: torch.optim.Optimizer
+    dynamic_tables: frozenset[str]
 
 
 def build(options: DemoOptions, ranks: Ranks, device: torch.device) -> ShardedModel:
@@ -75,7 +80,7 @@ def build(options: DemoOptions, ranks: Ranks, device: torch.device) -> ShardedMo
     plan = _plan(model, sharder, options, ranks, device)
     sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=[sharder])
     dense_parameters = dict(in_backward_optimizer_filter(sharded.named_parameters()))
-    return ShardedModel(sharded, torch.optim.Adam(dense_parameters.values(), lr=options.dense_lr))
+    return ShardedModel(sharded, torch.optim.Adam(dense_parameters.values(), lr=options.dense_lr), options.dynamic)
 
 
 def _plan(model: nn.Module, sharder: Any, options: DemoOptions, ranks: Ranks, device: torch.device) -> ShardingPlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from typing import Optional
 
 import criteo_files
 import generated_rows
@@ -14,8 +15,9 @@ from batches import Batch, BatchMaker
 from demo_options import DemoOptions
 from evaluation import evaluate
 from ranks import Ranks
-from report import RunResult, print_result, table_results, training_progress, write_summary
+from report import RunResult, print_result, print_resumed, table_results, training_progress, write_summary
 from rows import CATEGORICAL, RowRange, RowSource, split_tail
+from saving import SavedRun
 from sharded_model import ShardedModel, build
 from torch.nn import functional as F
 
@@ -43,7 +45,13 @@ def run(options: DemoOptions, ranks: Ranks) -> None:
         static_features=frozenset(CATEGORICAL) - options.dynamic,
         static_rows=options.capacity,
     )
-    speed = train(sharded, maker, training_rows, options.epochs, ranks)
+    done = 0
+    if options.load is not None:
+        done = SavedRun(options.load, options, len(training_rows), ranks).load(sharded)
+        if ranks.is_first:
+            print_resumed(options.load, done, maker.steps(training_rows) * options.epochs)
+    saved = None if options.save is None else SavedRun(options.save, options, len(training_rows), ranks)
+    speed = train(sharded, maker, training_rows, options, ranks, done, saved)
     tables = table_results(sharded.model, options)
     quality = evaluate(sharded.model, maker, held_out_rows)
     if ranks.is_first:
@@ -57,7 +65,7 @@ def run(options: DemoOptions, ranks: Ranks) -> None:
             engine=engine_name(device),
             tables=tables,
         )
-        print_result(result)
+        print_result(result, options.save)
         if options.summary is not None:
             write_summary(result, options.summary)
     dist.destroy_process_group()
@@ -80,25 +88,39 @@ def _whole(source: RowSource) -> RowRange:
     return RowRange(source, 0, source.num_rows)
 
 
-def train(sharded: ShardedModel, maker: BatchMaker, rows: RowRange, epochs: int, ranks: Ranks) -> float:
-    """Trains on ``rows`` in the order of the log. Returns ids per second of all ranks together.
+def train(
+    sharded: ShardedModel,
+    maker: BatchMaker,
+    rows: RowRange,
+    options: DemoOptions,
+    ranks: Ranks,
+    done: int = 0,
+    saved: Optional[SavedRun] = None,
+) -> float:
+    """Trains on ``rows`` in the order of the log, after the ``done`` steps that were trained before; saves the run.
 
-    That is the median over the updates of the progress bar: kernels that no earlier run has compiled are compiled in a
-    few steps, mostly the first, which a mean would show instead of the speed.
+    Returns ids per second of all ranks together, 0 if there was nothing left to train: the median over the updates of
+    the progress bar. Kernels that no earlier run has compiled are compiled in a few steps, mostly the first, which a
+    mean would show instead of the speed.
     """
     sharded.model.train()
-    steps = maker.steps(rows) * epochs
+    steps_of_epoch = maker.steps(rows)
+    steps = steps_of_epoch * options.epochs
     meter = _Meter(maker.device)
     speeds = []
-    batches = itertools.chain.from_iterable(maker.batches(rows) for _ in range(epochs))
-    with training_progress(steps, shown=ranks.is_first) as show:
-        for step, batch in enumerate(batches, start=1):
+    batches = itertools.chain.from_iterable(
+        maker.batches(rows, max(0, done - epoch * steps_of_epoch)) for epoch in range(options.epochs)
+    )
+    with training_progress(steps, shown=ranks.is_first and done < steps) as show:
+        for step, batch in enumerate(batches, start=done + 1):
             meter.add(batch, _train_step(sharded, batch, maker.world_size))
             if step % STEPS_PER_UPDATE == 0 or step == steps:
                 loss, ids_per_second = meter.update()
                 speeds.append(ids_per_second)
                 show(step, loss, ids_per_second)
-    return statistics.median(speeds)
+            if saved is not None and (step == steps or (options.save_every and step % options.save_every == 0)):
+                saved.save(sharded, step)
+    return statistics.median(speeds) if speeds else 0.0
 
 
 def _train_step(sharded: ShardedModel, batch: Batch, world_size: int) -> torch.Tensor:

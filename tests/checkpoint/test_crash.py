@@ -22,6 +22,7 @@ from dynamicemb.checkpoint import staging
 from dynamicemb.checkpoint.reader import Checkpoint
 from tests.checkpoint.models import contents, digests, model, train
 from tests.distributed import run_on_ranks
+from tests.processes import kill_tree
 
 #: Every way in which a dump changes what is on disk.
 SYSTEM_CALLS = ("open", "pwrite", "fsync", "posix_fallocate", "mkdir", "rename", "unlink", "rmdir")
@@ -125,32 +126,15 @@ def test_real_processes_killed_at_random_times(tmp_path: Path) -> None:
     generator = random.Random(4)
     for round_number in range(3):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
-        ) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith(f"dumped {round_number + 1}"):
                     break
             time.sleep(generator.uniform(0.0, 0.1))
-            os.killpg(process.pid, signal.SIGKILL)
-            for child in _children(process.pid):
-                os.kill(child, signal.SIGKILL)
+            kill_tree(process)
         _sound(path)
     assert run_on_ranks(1, _loadable, str(path)) == [True]
-
-
-def _children(group: int) -> list[int]:
-    """Processes whose session is that of ``group``: torchrun gives its workers groups of their own."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if int((entry / "stat").read_text().rpartition(")")[2].split()[3]) == group:
-                    found.append(int(entry.name))
-            except (OSError, ValueError):
-                pass
-    return found
 
 
 def _loadable(rank: int, world_size: int, path: str) -> bool:

@@ -19,12 +19,14 @@ CRITEO = Path(os.environ.get("DYNAMICEMB_CRITEO", ROOT.parent / "shared" / "data
 TABLE_FIELDS = {"dynamic", "size", "capacity", "load_factor", "hits", "misses", "evicted", "refused"}
 
 
-def _demo(world_size: int, *arguments: object, gpus: str = "") -> subprocess.CompletedProcess[str]:
+def _demo(
+    world_size: int, *arguments: object, gpus: str = "", program: str | Path = "examples/train_criteo.py"
+) -> subprocess.CompletedProcess[str]:
     """Runs the demo on the CPU, or on the GPUs with the numbers ``gpus``."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     return subprocess.run(
-        [sys.executable, *(launcher if world_size > 1 else []), "examples/train_criteo.py", *map(str, arguments)],
+        [sys.executable, *(launcher if world_size > 1 else []), str(program), *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
