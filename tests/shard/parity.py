@@ -165,11 +165,14 @@ def all_rows(model: nn.Module, raw: bool) -> dict[str, torch.Tensor]:
 
 
 def set_static_rows(model: nn.Module, rows_by_table: dict[str, torch.Tensor]) -> None:
-    for key, value in model.state_dict().items():
-        name = key.split(".")[-2]
+    state = model.state_dict()
+    for key, value in state.items():
+        table_key, _, entry = key.rpartition(".")
+        if entry != "weight" or f"{table_key}.keys" in state:  # not of a dynamic table
+            continue
         for shard in value.local_shards():
             first = shard.metadata.shard_offsets[0]
-            shard.tensor.copy_(rows_by_table[name][first : first + shard.tensor.shape[0]])
+            shard.tensor.copy_(rows_by_table[table_key.split(".")[-1]][first : first + shard.tensor.shape[0]])
 
 
 class TorchTables:

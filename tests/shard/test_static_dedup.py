@@ -48,8 +48,9 @@ def build(use_index_dedup: bool) -> nn.Module:
     constraints["item"] = dynamic(initializer_args=DEBUG)
     sharder = DynamicEmbeddingCollectionSharder(use_index_dedup=use_index_dedup)
     model = distribute(collection(*tables), constraints, (torch.optim.SGD, {"lr": 1.0}), sharder)
-    for value in model.state_dict().values():
-        for shard in value.local_shards():
+    state = model.state_dict()
+    for name in STATIC_TABLES:
+        for shard in state[f"embeddings.{name}.weight"].local_shards():
             first = shard.metadata.shard_offsets[0]
             shard.tensor.copy_(torch.arange(first, first + shard.tensor.shape[0]).view(-1, 1))
     return model
