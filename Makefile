@@ -6,6 +6,7 @@
 #                PyTorch comes from where pip finds everything else (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf)
 #   NPROC        processes that `demo` starts; 2, or 1 with a single GPU
 #   DATA         files or a folder for `demo`; without it the demo generates its rows
+#   SAVE         where `demo` saves its run; empty: nowhere
 #   ARGS         further arguments for `demo`, `test`, `test-gpu`, `bench`, `bench-gpu` and `aot`
 
 PYTHON ?= python3
@@ -14,6 +15,7 @@ TORCH_INDEX ?=
 # Two, but no more than there are GPUs: NCCL takes one process for each.
 NPROC ?= $(if $(filter cuda,$(STACK)),$(shell nvidia-smi -L | head -n 2 | wc -l),2)
 DATA ?=
+SAVE ?= .venv/demo/run
 ARGS ?=
 
 VENV := .venv
@@ -47,9 +49,15 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
-demo: setup ## train the example on NPROC processes (DATA=path for your own rows, ARGS="--epochs 2 ...")
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) \
-		examples/train_criteo.py $(if $(DATA),--data $(DATA)) $(ARGS)
+TRAIN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) \
+	examples/train_criteo.py $(if $(DATA),--data $(DATA))
+
+demo: setup ## train the example, save, verify, resume (DATA=path for your own rows, ARGS="--epochs 2 ...")
+	$(TRAIN) $(if $(SAVE),--save $(SAVE)) $(ARGS)
+ifneq ($(SAVE),)
+	$(BIN)/dynamicemb verify $(SAVE)
+	$(TRAIN) --load $(SAVE) $(ARGS)
+endif
 
 # The tests compile every kernel with the oldest Triton that is supported, too. It lies beside the environment's own.
 $(OLDEST_TRITON): | setup

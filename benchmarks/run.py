@@ -26,7 +26,7 @@ from processes import quieten_libraries
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("table_step", "collection_step", "lookup_vs_mch", "scaling", "memory")
+BENCHMARKS = ("table_step", "collection_step", "lookup_vs_mch", "scaling", "memory", "checkpoint")
 #: Columns of the tables where there is no terminal to ask.
 PIPED_WIDTH = 130
 
