@@ -114,9 +114,9 @@ def _shards(value: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], to
         return size, [(tuple(shard.metadata.shard_offsets), shard.tensor.detach()) for shard in value.local_shards()]
     if isinstance(value, DTensor):
         local: Any = value.to_local()
-        if hasattr(local, "local_shards"):  # torchrec's, which may have several parts
-            offsets = [tuple(offsets) for offsets in local.local_offsets()]
-            return tuple(value.shape), list(zip(offsets, (part.detach() for part in local.local_shards()), strict=True))
+        if hasattr(local, "local_shards"):  # torchrec's, which may have several parts, or none and yet an offset
+            parts = zip(local.local_offsets(), local.local_shards(), strict=False)
+            return tuple(value.shape), [(tuple(offsets), part.detach()) for offsets, part in parts]
         _, start = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
         return tuple(value.shape), [(tuple(start), local.detach())]
     if isinstance(value, torch.Tensor):

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from dynamicemb import CheckpointError, ConfigError, DynamicEmbError, DynamicEmbWarning
@@ -26,6 +27,7 @@ from dynamicemb.shard.tables import dynamic_tables
 from tests.checkpoint.models import contents, model, train
 from tests.distributed import run_on_ranks
 from tests.oracle import TableModel, owner
+from tests.shard import models
 from tests.shard.models import CPU, collection, distribute, dynamic, evaluated, table
 
 ROWS, DIM = 300, 8
@@ -101,6 +103,29 @@ def _sources(rank: int, world_size: int, kind: str) -> None:
     before = contents(module)
     train(module, range(3, 5), rank, world_size)
     assert contents(module) != before
+
+
+def _torchrec_dtensors(rank: int, world_size: int) -> None:
+    """torchrec's tables as it shows them if it is told to use DTensors, on some of the ranks none of a table."""
+    plain_environment = models._environment
+
+    def environment(group: dist.ProcessGroup) -> ShardingEnv:
+        env = plain_environment(group)
+        env.device_mesh, env.output_dtensor = init_device_mesh("cpu", (world_size,)), True
+        return env
+
+    for kind in ("row_wise", "column_wise", "table_wise"):
+        models._environment = environment
+        state = sharded(kind, world_size)
+        assert type(state[f"{START}.t0.weight"]) is DTensor
+        models._environment = plain_environment
+        module = model("adagrad", tables=2, capacity=4096)
+        load_static(module, state)
+        check(module)
+
+
+def test_dtensors_of_torchrec() -> None:
+    run_on_ranks(2, _torchrec_dtensors)
 
 
 def _dtensors(kind: str) -> dict[str, Any]:
