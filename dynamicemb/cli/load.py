@@ -1,0 +1,50 @@
+"""``dynamicemb load``: a checkpoint into a model."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynamicemb.cli.arguments import Json
+from dynamicemb.cli.model import ModelName, Optim, TableNames
+
+__all__ = ["load"]
+
+
+def load(
+    model: ModelName,
+    paths: Annotated[
+        list[Path],
+        typer.Option(
+            "--path",
+            metavar="PATH",
+            show_default=False,
+            help="Checkpoint to read; repeated, in their order, for a full one and the deltas that follow it.",
+        ),
+    ],
+    tables: TableNames = None,
+    optim: Optim = False,
+    json: Json = False,
+) -> None:
+    """Load a checkpoint into the dynamic tables of a model: whether it fits, and how long it takes. Run under torchrun.
+
+    Every byte is checked, and every rank gets the rows that it owns. The model ends with the command: a training job
+    calls DynamicEmbLoad itself.
+
+    [bold]Example:[/bold] torchrun --nproc_per_node 2 -m dynamicemb load --model train:sharded_model --path /data/ckpt
+    """
+    from dynamicemb.checkpoint.load import DynamicEmbLoad
+    from dynamicemb.cli.model import chosen_tables, is_first_rank, sharded_model
+    from dynamicemb.cli.result import loaded_tables, show_tables
+
+    with sharded_model(model) as sharded:
+        names = chosen_tables(tables, sharded)
+        started = time.perf_counter()
+        DynamicEmbLoad(paths if len(paths) > 1 else paths[0], sharded, names, optim)
+        seconds = time.perf_counter() - started
+        loaded = loaded_tables(sharded, names, paths[-1])
+    if is_first_rank():
+        show_tables("loaded", paths, loaded, seconds, json)

@@ -1,0 +1,70 @@
+"""The command for tests: in this process, which is quick, or in one of its own, as a user runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from dynamicemb.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Result:
+    """How the command ended, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """Its one JSON document; nothing else may be on stdout. NaN and the like are no JSON."""
+
+        def refuse(name: str) -> None:
+            raise AssertionError(f"{name} is no JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+
+def dynamicemb(*arguments: object) -> Result:
+    """Runs the command in this process, on 80 columns."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["dynamicemb", *map(str, arguments)]
+    code = 0
+    with (
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, {"COLUMNS": "80"}),
+        mock.patch.object(warnings, "showwarning", warnings.showwarning),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def process(*arguments: object, ranks: int = 0, cwd: Path = ROOT) -> Result:
+    """Runs ``python -m dynamicemb`` in ``cwd``, or so many ranks of it under torchrun."""
+    start = [sys.executable, "-m", "dynamicemb"]
+    if ranks:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        start = [sys.executable, *launcher, "-m", "dynamicemb"]
+    environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*start, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
