@@ -220,7 +220,7 @@ def measure(size: Size) -> Findings:
         title="Dump, delta and load beside plain writes and reads of the same bytes",
         setup=(
             f"{WORLD_SIZE} gloo ranks with {size.threads} thread each, one table of dim {size.dim} in float32 with "
-            f"row-wise Adagrad; both sides wait until all bytes are on disk, and write {len(_PARTS)} files (the dump also "
+            f"row-wise Adagrad; both sides wait until all is on disk, and write {len(_PARTS)} files (the dump also "
             f"a manifest); loads into an empty table, reads from the page cache; {size.rounds} rounds after "
             f"{size.warm_up}, in turn, time of the slower rank."
         ),

@@ -15,7 +15,14 @@ import dynamicemb
 ROOT = Path(dynamicemb.__file__).parent
 PACKAGE = "dynamicemb"
 # Lower layers first. Files of one layer may import each other, as long as there is no circle.
-LAYERS = (("errors", "version"), ("options",), ("kernels",), ("table",), ("planner", "shard", "checkpoint"), ("cli", "__main__"))
+LAYERS = (
+    ("errors", "version"),
+    ("options",),
+    ("kernels",),
+    ("table",),
+    ("planner", "shard", "checkpoint"),
+    ("cli", "__main__"),
+)
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT_TORCHREC = ("planner", "shard")
 # What `import dynamicemb` shows: options and errors, and nothing that needs more than torch.

@@ -43,5 +43,7 @@ CEILINGS = {
     "_initial_rows_kernel": Ceiling(16, "as for _fill_kernel, without slots and states"),
     "_split_kernel": Ceiling(48, "copies"),
     "_segment_difference_kernel": Ceiling(64, "one pass over memory"),
-    "_sum_rows_kernel": Ceiling(16, "as it asks for: 16 rows under way in each thread; 20 where no row ends inside a tile"),
+    "_sum_rows_kernel": Ceiling(
+        16, "as it asks for: 16 rows under way in each thread; 20 where no row ends inside a tile"
+    ),
 }
