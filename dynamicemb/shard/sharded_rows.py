@@ -31,7 +31,7 @@ class _NotCopied:
 class StagedShardedTensor(ShardedTensor):
     """A ``ShardedTensor`` that ``async_save`` can copy.
 
-    The stager of torch 2.9 and later copies a tensor by its memory, of which a ``ShardedTensor`` has none of its own,
+    The default stager (seen in torch 2.13) copies a tensor by its memory, of which a ``ShardedTensor`` has none itself,
     and then the attributes of the object, among them its process group, and fails on both.
     """
 
