@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,16 @@ from tests.steady_state import META, Step, meta_memory, recorded
 from tests.table.groups import config, group_of, train
 
 LFU, LRU = DynamicEmbEvictStrategy.LFU, DynamicEmbEvictStrategy.LRU
-BATCH = st.lists(st.tuples(st.integers(0, 1), st.integers(-60, 60)), max_size=24)
+SEEDS = st.integers(0, 2**32)
+
+
+def batches(seed: int, count: int) -> list[list[tuple[int, int]]]:
+    """(table, key) of ``count`` batches: some empty, some with more keys of a bucket than it has slots."""
+    numbers = random.Random(seed)
+    return [
+        [(numbers.randrange(2), numbers.randrange(-20, 20)) for _ in range(numbers.choice((0, 4, 12, 40)))]
+        for _ in range(count)
+    ]
 
 
 class Watched:
@@ -56,21 +66,18 @@ class Watched:
 
 
 @settings(max_examples=80, deadline=None)
-@given(
-    st.sampled_from(DynamicEmbEvictStrategy), st.booleans(), st.lists(BATCH, max_size=4), st.lists(BATCH, max_size=12)
-)
+@given(st.sampled_from(DynamicEmbEvictStrategy), st.booleans(), SEEDS, st.integers(0, 4), st.integers(0, 12))
 def test_everything_since_any_step_is_known(
-    strategy: DynamicEmbEvictStrategy, grows: bool, before: list, after: list
+    strategy: DynamicEmbEvictStrategy, grows: bool, seed: int, first: int, steps: int
 ) -> None:
-    """Evictions, refused keys, growth, empty batches."""
+    """Evictions, also of keys that had come back, refused keys, growth, empty batches."""
     size = {"capacity": 64, "init_capacity": 8} if grows else {"capacity": 16}
     watched = Watched(strategy, **size)
-    for batch in before:
+    for number, batch in enumerate(batches(seed, first + steps)):
+        if number == first:
+            watched.group.changes.begin()
         watched.step(batch)
     watched.group.changes.begin()
-    for batch in after:
-        watched.step(batch)
-    first = len(before)
     for table in (0, 1):
         assert watched.group.changes.first_step(table) == first
         for since in range(first, len(watched.keys)):
@@ -81,9 +88,9 @@ def test_everything_since_any_step_is_known(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(DynamicEmbEvictStrategy), st.integers(1, 30), st.lists(BATCH, max_size=12))
+@given(st.sampled_from(DynamicEmbEvictStrategy), SEEDS, st.integers(1, 60), st.integers(0, 12))
 def test_what_no_longer_fits_is_not_claimed_to_be_known(
-    strategy: DynamicEmbEvictStrategy, size: int, batches: list
+    strategy: DynamicEmbEvictStrategy, seed: int, size: int, steps: int
 ) -> None:
     """A ring of a few entries; batches may evict more than that at once."""
     with pytest.MonkeyPatch.context() as patch:
@@ -91,13 +98,15 @@ def test_what_no_longer_fits_is_not_claimed_to_be_known(
         patch.setattr(change_log, "MAX_REMEMBERED", size)
         watched = Watched(strategy, capacity=8)
         watched.group.changes.begin()
-        for batch in batches:
+        steps_of_evictions: list[int] = []
+        for number, batch in enumerate(batches(seed, steps), 1):
             watched.step(batch)
-        evictions = sum(counters.evicted for counters in watched.group.counters())
+            evictions = sum(counters.evicted for counters in watched.group.counters())
+            steps_of_evictions += [number] * (evictions - len(steps_of_evictions))
+        expected = steps_of_evictions[-size] if len(steps_of_evictions) > size else 0
         for table in (0, 1):
             first = watched.group.changes.first_step(table)
-            assert (first > 0) == (evictions > size)
-            assert first < len(watched.keys)
+            assert first == expected
             for since in range(first, len(watched.keys)):
                 watched.assert_known(table, since)
 
