@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-QUICK_START, OPTIONS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUICK_START, OPTIONS, CHECKPOINTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def _run(code: str, directory: Path, *launcher: str) -> str:
@@ -20,7 +20,12 @@ def _run(code: str, directory: Path, *launcher: str) -> str:
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
-        [sys.executable, *launcher, str(script)], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, *launcher, str(script)],
+        env=environment,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
@@ -41,6 +46,13 @@ def test_the_quick_start_runs(tmp_path, launcher):
 def test_the_options_run(tmp_path):
     imports = QUICK_START.split("\n\n")[0]
     assert _run(f"{imports}\n{OPTIONS}\nprint('built')", tmp_path) == "built\n"
+
+
+def test_the_checkpoints_run(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    code = f"{QUICK_START}\n{CHECKPOINTS}\nprint(table_statistics(model)['item'])"
+    assert _run(code, tmp_path, *launcher).count("TableStatistics(size=3, capacity=100096, ") == 4
+    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["delta1", "full"]
 
 
 def test_files_that_the_readme_links_to_exist():
