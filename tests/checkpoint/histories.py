@@ -74,7 +74,7 @@ class History:
         values = np.array([self.rows[key] for key in keys], np.float32)
         return Rows({
             KEYS: np.array(keys, np.int64),
-            VALUES: np.ascontiguousarray(np.stack([values, values + 1, -values], 1), np.float32),
+            VALUES: np.stack([values, values + 1, -values], 1),
             SCORES: np.array([self.touched[key] for key in keys], np.int64),
             opt("sum"): values[:, None] * 3,
         })  # fmt: skip

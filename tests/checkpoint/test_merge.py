@@ -23,6 +23,7 @@ from dynamicemb.checkpoint.schema import TableSchema
 from dynamicemb.checkpoint.writer import CheckpointWriter
 from dynamicemb.kernels.hashing import owner_range
 from tests.checkpoint.histories import COLLECTION, SCHEMA, History, files
+from tests.oracle import mix64
 
 
 @pytest.fixture(autouse=True)
@@ -207,6 +208,33 @@ def test_a_key_both_here_and_gone_is_an_error(run: tuple[History, list[Path]], t
         table.write_evicted(np.array([2], np.int64))
         table.finish(dataclasses.replace(history.record(1), table_rows=9))
     assert_refused([run[1][0], delta], tmp_path / "merged", "item_evicted", "key 2 has gone", "item_keys has it")
+
+
+@pytest.mark.parametrize("part", ["keys", "evicted"])
+def test_a_wrong_order_of_keys_is_an_error(part: str, run: tuple[History, list[Path]], tmp_path: Path) -> None:
+    """As no dump writes it; checksums are right."""
+    history, delta = History(clock=2, rows={2: 20, 3: 30}, touched={2: 2, 3: 2}), tmp_path / "delta"
+    falling = sorted([2, 3], key=mix64, reverse=True)
+    with CheckpointWriter(delta, "delta") as writer:
+        table = writer.table(COLLECTION, "item", SCHEMA)
+        table.write(history.arrays(falling if part == "keys" else []))
+        table.write_evicted(np.array(falling if part == "evicted" else [], np.int64))
+        table.finish(dataclasses.replace(history.record(1), table_rows=8))
+    words = (f"item_{part}, offset 8", f"key {falling[1]} follows key {falling[0]}")
+    assert_refused([run[1][0], delta], tmp_path / "merged", *words)
+
+
+def test_a_delta_with_all_rows_needs_no_tombstones(run: tuple[History, list[Path]], tmp_path: Path) -> None:
+    """Since step 0, of a model that had not noted which keys went: older rows do not count."""
+    history, (full, first, *_) = run
+    history.gone = {}
+    everything = history.write(tmp_path / "everything", 0)
+    expected = files(history.write(tmp_path / "expected"))
+    merge([full, first, everything], tmp_path / "merged")
+    assert files(tmp_path / "merged") == expected
+    merge([first, everything], tmp_path / "delta")
+    merge([full, tmp_path / "delta"], tmp_path / "merged")
+    assert files(tmp_path / "merged") == expected
 
 
 def test_a_missing_or_shorter_file_is_an_error(run: tuple[History, list[Path]], tmp_path: Path) -> None:
