@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
 from dynamicemb.checkpoint.schema import DTYPES, KEYS, SCORES, VALUES, Rows, TableSchema, opt
-from dynamicemb.table.contents import StoredRows
+from dynamicemb.table.contents import SlotRun, StoredRows, TableContents
 from dynamicemb.table.filling import HostRows
 
-__all__ = ["from_disk", "to_disk"]
+__all__ = ["RowBuffers", "from_disk", "to_disk"]
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -22,6 +24,29 @@ def to_disk(rows: StoredRows, schema: TableSchema) -> Rows:
     arrays = {KEYS: _array(rows.keys), VALUES: _array(rows.embeddings), SCORES: _array(rows.scores)}
     arrays |= {opt(name): _array(rows.states[name]) for name, _ in schema.states}
     return Rows({part.name: arrays[part.name].view(DTYPES[part.dtype]) for part in schema.parts})
+
+
+class RowBuffers:
+    """Memory for rows on their way to the files, used in turn: fresh memory for each piece costs more than the copy.
+
+    Args:
+        schema: what the rows hold.
+        rows: of a piece, at most.
+        pieces: that are on their way at a time.
+    """
+
+    def __init__(self, schema: TableSchema, rows: int, pieces: int) -> None:
+        self._schema = schema
+        self._buffers = itertools.cycle([schema.empty(rows) for _ in range(pieces)])
+
+    def fill(self, contents: TableContents, run: SlotRun) -> Rows:
+        """The rows of ``run`` as they are written. Valid until ``pieces`` more have been filled."""
+        rows = next(self._buffers)[: len(run)]
+        tensors = from_disk(rows, self._schema, optim=True)
+        tensors.keys.copy_(run.keys)
+        tensors.scores.copy_(run.scores)
+        contents.read_into(run, tensors.embeddings, tensors.states)
+        return rows
 
 
 def from_disk(rows: Rows, schema: TableSchema, optim: bool) -> HostRows:

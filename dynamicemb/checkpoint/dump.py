@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
-from dynamicemb.checkpoint.arrays import to_disk
+from dynamicemb.checkpoint.arrays import RowBuffers
 from dynamicemb.checkpoint.crc import Span
 from dynamicemb.checkpoint.manifest import Manifest, TableRecord
 from dynamicemb.checkpoint.progress import Reporter, progress
@@ -173,9 +173,11 @@ class _Job:
         contents = self.table.group.contents(self.table.index)
         piece_rows = max(1, _PIECE_BYTES // self.schema.row_bytes)
         writer = TableWriter(staging.folder, self.table.collection, self.table.name, self.schema.parts, self._first)
+        # One piece is being written, one waits, one is filled.
+        buffers = RowBuffers(self.schema, min(piece_rows, self.own.survey.selected), pieces=3)
         with writing_behind(writer) as write:
             for run in contents.runs(piece_rows, self.extract.selected):
-                write(to_disk(contents.read(run), self.schema))
+                write(buffers.fill(contents, run))
                 report.advance(len(run))
         return writer.spans
 

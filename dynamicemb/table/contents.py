@@ -24,7 +24,7 @@ __all__ = ["SlotRun", "StoredRows", "TableContents"]
 _SIGN_BIT = -(2**63)
 _OFFSET_MASK = (1 << CHUNK_SHIFT) - 1
 #: Slots that are looked at together: 17 bytes of metadata each, and as many again while they are sorted.
-_SCANNED_SLOTS = 1 << 18
+_SCANNED_SLOTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -130,16 +130,35 @@ class TableContents:
         embeddings = self._columns(run.slots, layout.embedding_dtype, 0, layout.dim)
         return StoredRows(run.keys, run.slots, run.scores, embeddings, states)
 
-    def _columns(self, slots: torch.Tensor, dtype: torch.dtype, first: int, width: int) -> torch.Tensor:
-        """``width`` values of ``dtype`` of each row, from value ``first`` on."""
-        out = torch.empty(slots.numel(), width, dtype=dtype, device=slots.device)
+    def read_into(self, run: SlotRun, embeddings: torch.Tensor, states: dict[str, torch.Tensor]) -> None:
+        """The rows of a run, into host memory that the caller uses again: fresh memory costs more than a copy.
+
+        Args:
+            run: n keys.
+            embeddings: [n, dim] in the table's dtype.
+            states: float32 [n, width] by name, of those states that are wanted.
+        """
+        layout = self._layout
+        self._columns(run.slots, layout.embedding_dtype, 0, layout.dim, embeddings)
+        for state in layout.states:
+            if state.name in states:
+                first = layout.state_offset_bytes // 4 + state.offset
+                self._columns(run.slots, torch.float32, first, state.width, states[state.name])
+
+    def _columns(
+        self, slots: torch.Tensor, dtype: torch.dtype, first: int, width: int, target: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """``width`` values of ``dtype`` of each row, from value ``first`` on; in ``target``, if there is one."""
+        out = target
+        if out is None or out.device != slots.device:
+            out = torch.empty(slots.numel(), width, dtype=dtype, device=slots.device)
         for places, offsets, chunk in self._by_chunk(slots):
             values = chunk.rows.view(dtype)[:, first : first + width]
             if places is None:
                 torch.index_select(values, 0, offsets, out=out)
             else:
                 out[places] = values[offsets]
-        return out
+        return out if target is None or out is target else target.copy_(out)
 
     def _by_chunk(self, slots: torch.Tensor) -> Iterator[tuple[Optional[torch.Tensor], torch.Tensor, Chunk]]:
         """(positions in ``slots``, offsets in the chunk, chunk); positions None: all of them."""
