@@ -24,8 +24,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from dynamicemb import CheckpointError, ConfigError, DynamicEmbDump, DynamicEmbLoad
-from dynamicemb.checkpoint.manifest import read_manifest
-from dynamicemb.checkpoint.staging import finished
+from dynamicemb.checkpoint.files.manifest import read_manifest
+from dynamicemb.checkpoint.files.staging import finished
 
 _DENSE, _STATIC = "dense.pt", "static"
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from dynamicemb.checkpoint.schema import DTYPES, KEYS, SCORES, VALUES, Rows, TableSchema, opt
+from dynamicemb.checkpoint.files.schema import DTYPES, KEYS, SCORES, VALUES, Rows, TableSchema, opt
 from dynamicemb.table.contents import SlotRun, StoredRows, TableContents
 from dynamicemb.table.filling import HostRows
 

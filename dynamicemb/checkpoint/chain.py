@@ -14,11 +14,11 @@ from typing import Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.crc import Span, SpanSums
-from dynamicemb.checkpoint.manifest import TableRecord
+from dynamicemb.checkpoint.files.crc import Span, SpanSums
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.reader import PIECE_BYTES, Piece, StoredTable, check_order
+from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, KEYS, Part, Rows, TableSchema, mixed_keys
 from dynamicemb.checkpoint.passes import Spans
-from dynamicemb.checkpoint.reader import PIECE_BYTES, Piece, StoredTable, check_order
-from dynamicemb.checkpoint.schema import EVICTED, EVICTED_PART, KEYS, Part, Rows, TableSchema, mixed_keys
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["ChainPass", "ChainedTable", "MergedPiece", "check_links"]
@@ -122,8 +122,8 @@ class MergedPiece:
 class ChainPass:
     """A pass over a range of mixed keys; iterating it yields the rows that count.
 
-    Memory: one block of each file, :data:`~dynamicemb.checkpoint.reader.PIECE_BYTES` for all rows together, and as much
-    for the rows that are yielded. Each byte is read once; order is checked in every file, tombstones included.
+    Memory: one block of each file, :data:`~dynamicemb.checkpoint.files.reader.PIECE_BYTES` for all rows together, and as
+    much for the rows that are yielded. Each byte is read once; order is checked in every file, tombstones included.
 
     Args:
         tables: in order, oldest first.

@@ -11,14 +11,14 @@ from typing import Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.exchange import NO_HINTS, Hints, NativeSource, Source, StrippedSource
-from dynamicemb.checkpoint.export import EXPORTS, export_table, file_source, prepare
-from dynamicemb.checkpoint.manifest import MANIFEST
-from dynamicemb.checkpoint.nvidia import looks_like_dump, nvidia_sources
-from dynamicemb.checkpoint.reader import Checkpoint, Piece
-from dynamicemb.checkpoint.sorting import ordered
-from dynamicemb.checkpoint.staging import Staging, finished
-from dynamicemb.checkpoint.writer import CheckpointWriter
+from dynamicemb.checkpoint.files.manifest import MANIFEST
+from dynamicemb.checkpoint.files.reader import Checkpoint, Piece
+from dynamicemb.checkpoint.files.staging import Staging, finished
+from dynamicemb.checkpoint.files.writer import CheckpointWriter
+from dynamicemb.checkpoint.formats.exchange import NO_HINTS, Hints, NativeSource, Source, StrippedSource
+from dynamicemb.checkpoint.formats.export import EXPORTS, export_table, file_source, prepare
+from dynamicemb.checkpoint.formats.nvidia import looks_like_dump, nvidia_sources
+from dynamicemb.checkpoint.formats.sorting import ordered
 from dynamicemb.errors import CheckpointError, ConfigError
 
 __all__ = ["FORMATS", "convert", "detect"]

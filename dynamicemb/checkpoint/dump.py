@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch import nn
 
 from dynamicemb.checkpoint.arrays import RowBuffers
-from dynamicemb.checkpoint.crc import Span
-from dynamicemb.checkpoint.manifest import Manifest, TableRecord
+from dynamicemb.checkpoint.files.crc import Span
+from dynamicemb.checkpoint.files.manifest import Manifest, TableRecord
+from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, Rows, TableSchema
+from dynamicemb.checkpoint.files.staging import Staging
+from dynamicemb.checkpoint.files.writer import TableWriter, part_records, reserve, write_manifest, writing_behind
 from dynamicemb.checkpoint.progress import Reporter, progress
 from dynamicemb.checkpoint.ranks import Ranks
-from dynamicemb.checkpoint.schema import EVICTED, EVICTED_PART, Rows, TableSchema
 from dynamicemb.checkpoint.selection import record_of, schema_of, selected_tables, shared_group
-from dynamicemb.checkpoint.staging import Staging
-from dynamicemb.checkpoint.writer import TableWriter, part_records, reserve, write_manifest, writing_behind
 from dynamicemb.shard.tables import DynamicTable
 from dynamicemb.table.changes import Selection, Survey
 from dynamicemb.table.group import TableProgress

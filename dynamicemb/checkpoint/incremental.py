@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import nn
 
 from dynamicemb.checkpoint.dump import Extract, write_checkpoint
-from dynamicemb.checkpoint.manifest import Manifest, read_manifest
+from dynamicemb.checkpoint.files.manifest import Manifest, read_manifest
+from dynamicemb.checkpoint.files.staging import Staging, finished
 from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.checkpoint.selection import TableNames, selected_tables, shared_group
-from dynamicemb.checkpoint.staging import Staging, finished
 from dynamicemb.errors import CheckpointError, ConfigError
 from dynamicemb.shard.tables import DynamicTable
 

@@ -15,11 +15,11 @@ from torch import nn
 
 from dynamicemb.checkpoint.arrays import from_disk
 from dynamicemb.checkpoint.chain import ChainedTable
-from dynamicemb.checkpoint.manifest import TableRecord
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.reader import Checkpoint
 from dynamicemb.checkpoint.passes import FullTable, Pass, Spans, TableSource, problems_of, read_ahead
 from dynamicemb.checkpoint.progress import Reporter, progress
 from dynamicemb.checkpoint.ranks import Ranks
-from dynamicemb.checkpoint.reader import Checkpoint
 from dynamicemb.checkpoint.selection import TableNames, progress_of, schema_of, selected_tables, shared_group
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 from dynamicemb.kernels.hashing import owner_range

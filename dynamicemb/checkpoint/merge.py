@@ -11,10 +11,10 @@ from typing import Optional, Union
 import numpy as np
 
 from dynamicemb.checkpoint.chain import ChainPass, check_links
-from dynamicemb.checkpoint.manifest import TableRecord
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.reader import Checkpoint, StoredTable
+from dynamicemb.checkpoint.files.writer import CheckpointWriter, SequentialTableWriter
 from dynamicemb.checkpoint.passes import read_ahead
-from dynamicemb.checkpoint.reader import Checkpoint, StoredTable
-from dynamicemb.checkpoint.writer import CheckpointWriter, SequentialTableWriter
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["merge"]

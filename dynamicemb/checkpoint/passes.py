@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from dynamicemb.checkpoint.crc import Span
-from dynamicemb.checkpoint.manifest import TableRecord
-from dynamicemb.checkpoint.reader import Piece, Problem, Scan, StoredTable
+from dynamicemb.checkpoint.files.crc import Span
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.reader import Piece, Problem, Scan, StoredTable
 
 __all__ = ["FullTable", "Pass", "Spans", "TableSource", "problems_of", "read_ahead"]
 

@@ -9,8 +9,8 @@ from typing import Any, Optional
 import torch.distributed as dist
 from torch import nn
 
-from dynamicemb.checkpoint.manifest import Counters, OptimizerRecord, Placement, TableRecord
-from dynamicemb.checkpoint.schema import TableSchema, dtype_name
+from dynamicemb.checkpoint.files.manifest import Counters, OptimizerRecord, Placement, TableRecord
+from dynamicemb.checkpoint.files.schema import TableSchema, dtype_name
 from dynamicemb.errors import ConfigError
 from dynamicemb.shard.tables import DynamicTable, dynamic_tables
 from dynamicemb.table.group import TableProgress

@@ -13,7 +13,7 @@ from dynamicemb.cli.arguments import Json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dynamicemb.checkpoint.compare import Comparison, KeyRun, TableComparison
+    from dynamicemb.checkpoint.inspection.compare import Comparison, KeyRun, TableComparison
 
 __all__ = ["diff"]
 
@@ -33,8 +33,8 @@ def diff(
 
     [bold]Example:[/bold] dynamicemb diff /data/step-1000 /data/step-2000
     """
-    from dynamicemb.checkpoint.compare import compare
-    from dynamicemb.checkpoint.reader import Checkpoint
+    from dynamicemb.checkpoint.files.reader import Checkpoint
+    from dynamicemb.checkpoint.inspection.compare import compare
     from dynamicemb.cli.console import print_json, progress
 
     with Checkpoint(a) as first, Checkpoint(b) as second, progress("comparing") as move:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from dynamicemb.checkpoint.reader import StoredTable
+    from dynamicemb.checkpoint.files.reader import StoredTable
 
 __all__ = ["get", "parsed_key"]
 
@@ -53,7 +53,7 @@ def get(
 
     [bold]Example:[/bold] dynamicemb get /data/checkpoint item 42 -3 18446744073709551615
     """
-    from dynamicemb.checkpoint.reader import Checkpoint
+    from dynamicemb.checkpoint.files.reader import Checkpoint
     from dynamicemb.cli.console import print_json, screen
 
     numbers = [parsed_key(key) for key in keys]
@@ -87,8 +87,8 @@ def parsed_key(text: str) -> int:
 
 
 def _answer(stored: StoredTable, asked: str, key: int) -> _Answer:
-    from dynamicemb.checkpoint.exchange import as_float32
-    from dynamicemb.checkpoint.schema import KEYS
+    from dynamicemb.checkpoint.files.schema import KEYS
+    from dynamicemb.checkpoint.formats.exchange import as_float32
 
     row = stored.find(key)
     if row is None:
@@ -104,7 +104,7 @@ def _answer(stored: StoredTable, asked: str, key: int) -> _Answer:
 def _has_gone(stored: StoredTable, key: int) -> bool:
     import numpy as np
 
-    from dynamicemb.checkpoint.schema import EVICTED, mixed_keys
+    from dynamicemb.checkpoint.files.schema import EVICTED, mixed_keys
 
     if not stored.record.evicted_rows:
         return False

@@ -11,8 +11,8 @@ import typer
 from dynamicemb.cli.arguments import CheckpointPath, Json
 
 if TYPE_CHECKING:
-    from dynamicemb.checkpoint.reader import Checkpoint, StoredTable
-    from dynamicemb.checkpoint.summary import TableSummary
+    from dynamicemb.checkpoint.files.reader import Checkpoint, StoredTable
+    from dynamicemb.checkpoint.inspection.summary import TableSummary
 
 __all__ = ["inspect"]
 
@@ -40,8 +40,8 @@ def inspect(
 
     [bold]Example:[/bold] dynamicemb inspect /data/checkpoint --table item --plot item.png
     """
-    from dynamicemb.checkpoint.reader import Checkpoint
-    from dynamicemb.checkpoint.summary import summarize
+    from dynamicemb.checkpoint.files.reader import Checkpoint
+    from dynamicemb.checkpoint.inspection.summary import summarize
     from dynamicemb.cli.console import print_json, progress
 
     if plot is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Optional
 from dynamicemb.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dynamicemb.checkpoint.reader import StoredTable
-    from dynamicemb.checkpoint.summary import Histogram, TableSummary
+    from dynamicemb.checkpoint.files.reader import StoredTable
+    from dynamicemb.checkpoint.inspection.summary import Histogram, TableSummary
 
 __all__ = ["check_plot", "draw"]
 

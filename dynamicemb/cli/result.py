@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from dynamicemb.checkpoint.manifest import read_manifest
-from dynamicemb.checkpoint.staging import finished
+from dynamicemb.checkpoint.files.manifest import read_manifest
+from dynamicemb.checkpoint.files.staging import finished
 from dynamicemb.cli.console import count, print_json, screen, size, text
 
 if TYPE_CHECKING:

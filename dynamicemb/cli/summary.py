@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from dynamicemb.checkpoint.manifest import TableRecord
-from dynamicemb.checkpoint.reader import StoredTable
-from dynamicemb.checkpoint.summary import Histogram, NormSummary, RankedRow, ScoreSummary, TableSummary
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.reader import StoredTable
+from dynamicemb.checkpoint.inspection.summary import Histogram, NormSummary, RankedRow, ScoreSummary, TableSummary
 from dynamicemb.cli.console import bar, count, fields, number, show, size, table, text
 
 __all__ = ["show_collection", "show_table"]

@@ -9,7 +9,7 @@ import typer
 from dynamicemb.cli.arguments import CheckpointPath, Json
 
 if TYPE_CHECKING:
-    from dynamicemb.checkpoint.verify import Verification
+    from dynamicemb.checkpoint.inspection.verify import Verification
 
 __all__ = ["verify"]
 
@@ -21,7 +21,7 @@ def verify(path: CheckpointPath, json: Json = False) -> None:
 
     [bold]Example:[/bold] dynamicemb verify /data/checkpoint && rm -r /data/checkpoint.old
     """
-    from dynamicemb.checkpoint.verify import verify as check
+    from dynamicemb.checkpoint.inspection.verify import verify as check
     from dynamicemb.cli.console import print_json, progress
 
     with progress("verifying", "bytes") as move:

@@ -9,9 +9,9 @@ from typing import Any, Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.manifest import Counters, OptimizerRecord, Placement, TableRecord
-from dynamicemb.checkpoint.schema import KEYS, SCORES, VALUES, Rows, TableSchema, opt
-from dynamicemb.checkpoint.writer import CheckpointWriter
+from dynamicemb.checkpoint.files.manifest import Counters, OptimizerRecord, Placement, TableRecord
+from dynamicemb.checkpoint.files.schema import KEYS, SCORES, VALUES, Rows, TableSchema, opt
+from dynamicemb.checkpoint.files.writer import CheckpointWriter
 from tests.oracle import mix64
 
 SCHEMA = TableSchema(dim=3, dtype="float32", states=(("sum", 1),))

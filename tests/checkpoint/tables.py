@@ -9,9 +9,9 @@ from typing import Any, Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.manifest import Counters, OptimizerRecord, Placement, TableRecord, read_manifest
-from dynamicemb.checkpoint.schema import Rows, TableSchema, mixed_keys
-from dynamicemb.checkpoint.writer import CheckpointWriter
+from dynamicemb.checkpoint.files.manifest import Counters, OptimizerRecord, Placement, TableRecord, read_manifest
+from dynamicemb.checkpoint.files.schema import Rows, TableSchema, mixed_keys
+from dynamicemb.checkpoint.files.writer import CheckpointWriter
 
 HYPERPARAMETERS = {
     "sgd": {"learning_rate": 0.1, "weight_decay": 0.0},

@@ -12,10 +12,10 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 
-from dynamicemb.checkpoint import exchange, sorting
 from dynamicemb.checkpoint.convert import convert, detect
-from dynamicemb.checkpoint.manifest import MANIFEST, read_manifest
-from dynamicemb.checkpoint.writer import CheckpointWriter
+from dynamicemb.checkpoint.files.manifest import MANIFEST, read_manifest
+from dynamicemb.checkpoint.files.writer import CheckpointWriter
+from dynamicemb.checkpoint.formats import exchange, sorting
 from dynamicemb.errors import CheckpointError, ConfigError
 from tests.checkpoint.tables import (
     assert_same_rows,
@@ -96,7 +96,8 @@ def test_round_trip_through_ranks(tmp_path: Path, world_size: int) -> None:
 @pytest.mark.parametrize("to", OTHERS)
 def test_round_trip_in_small_pieces(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every loop over pieces goes round many times, and sorting uses files."""
-    for name in ("reader", "safetensors", "parquet", "nvidia.reader", "sorting"):
+    modules = ("files.reader", "formats.safetensors", "formats.parquet", "formats.nvidia.reader", "formats.sorting")
+    for name in modules:
         monkeypatch.setattr(f"dynamicemb.checkpoint.{name}.PIECE_BYTES", 1000)
     monkeypatch.setattr(sorting.sorted_pieces, "__defaults__", (1000,))
     native(tmp_path / "src")

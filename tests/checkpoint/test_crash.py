@@ -18,8 +18,8 @@ import pytest
 import torch.distributed as dist
 
 from dynamicemb import CheckpointError, DynamicEmbDump, DynamicEmbLoad, RemoteRankError
-from dynamicemb.checkpoint import staging
-from dynamicemb.checkpoint.reader import Checkpoint
+from dynamicemb.checkpoint.files import staging
+from dynamicemb.checkpoint.files.reader import Checkpoint
 from tests.checkpoint.models import contents, digests, model, train
 from tests.distributed import run_on_ranks
 from tests.processes import kill_tree

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_torch_file
 
-from dynamicemb.checkpoint import parquet
 from dynamicemb.checkpoint.convert import convert
-from dynamicemb.checkpoint.manifest import TableRecord, read_manifest
+from dynamicemb.checkpoint.files.manifest import TableRecord, read_manifest
+from dynamicemb.checkpoint.formats import parquet
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 from tests.checkpoint.tables import (
     assert_same_rows,
@@ -93,7 +93,7 @@ def test_parquet_file(tmp_path: Path, dtype: str, kind: str) -> None:
 
 
 def test_parquet_streams_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynamicemb.checkpoint.reader.PIECE_BYTES", 2000)
+    monkeypatch.setattr("dynamicemb.checkpoint.files.reader.PIECE_BYTES", 2000)
     native(tmp_path / "src", "float32", "sgd")
     convert(tmp_path / "src", tmp_path / "dst", "parquet")
     metadata = pq.ParquetFile(tmp_path / "dst" / COLLECTION / "item.parquet").metadata

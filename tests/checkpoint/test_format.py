@@ -15,10 +15,10 @@ import torch
 from torchrec.optim import RowWiseAdagrad
 
 from dynamicemb import DynamicEmbDump, DynamicEmbEvictStrategy, DynamicEmbLoad
-from dynamicemb.checkpoint.manifest import Counters, OptimizerRecord, Placement, TableRecord
-from dynamicemb.checkpoint.reader import Checkpoint
-from dynamicemb.checkpoint.schema import Rows, TableSchema
-from dynamicemb.checkpoint.writer import CheckpointWriter
+from dynamicemb.checkpoint.files.manifest import Counters, OptimizerRecord, Placement, TableRecord
+from dynamicemb.checkpoint.files.reader import Checkpoint
+from dynamicemb.checkpoint.files.schema import Rows, TableSchema
+from dynamicemb.checkpoint.files.writer import CheckpointWriter
 from dynamicemb.shard.tables import dynamic_tables
 from tests.checkpoint.models import Model, contents, model, train
 from tests.distributed import run_on_ranks

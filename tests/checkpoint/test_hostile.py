@@ -54,8 +54,13 @@ def _table(document: dict[str, Any]) -> dict[str, Any]:
     return document["collections"]["model.embeddings"]["t1"]
 
 
-def _rows(folder: Path) -> int:
-    return (folder / "model.embeddings" / "t1_keys").stat().st_size // 8
+def _manifest(folder: Path) -> Path:
+    return folder / "manifest.json"
+
+
+def _set(**fields: Any) -> Callable[[Path], None]:
+    """Fields of the table in the middle."""
+    return lambda folder: _edit(folder, lambda document: _table(document).update(fields))
 
 
 def _duplicate(folder: Path) -> None:
@@ -92,21 +97,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "too long": (lambda f: _file("t1_scores")(f).open("ab").write(b"x"), r"t1_scores, offset \d+: \d+ bytes.*restore"),
     "empty": (lambda f: _file("t2_opt_exp_avg")(f).write_bytes(b""), r"t2_opt_exp_avg, offset 0: 0 bytes"),
     "key flipped": (lambda f: _flip(_file("t1_keys")(f), 40), r"t1_keys, offset \d+: "),
-    "value flipped": (lambda f: _flip(_file("t1_values")(f), 99), r"t1_values, offset 0: segment 0 has the CRC-32.*restore"),
+    "value flipped": (lambda f: _flip(_file("t1_values")(f), 99), r"t1_values, offset 0: segment 0 has.*restore"),
     "score flipped": (lambda f: _flip(_file("t1_scores")(f), 99), r"t1_scores, offset 0: segment 0 has the CRC-32"),
     "state flipped": (lambda f: _flip(_file("t2_opt_exp_avg_sq")(f), 3), r"t2_opt_exp_avg_sq, offset 0: segment 0 has"),
     "missing file": (lambda f: _file("t1_scores")(f).unlink(), r"t1_scores: No such file.*restore"),
     "missing folder": (lambda f: shutil.rmtree(f / "model.embeddings"), r"No such file.*restore"),
-    "missing manifest": (lambda f: (f / "manifest.json").unlink(), r"manifest.json: no such file.*never finished"),
-    "manifest truncated": (lambda f: (f / "manifest.json").open("r+b").truncate(500), r"manifest.json, offset \d+: not JSON.*restore"),
-    "manifest not text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe{}"), r"manifest.json, offset 0: not UTF-8"),
-    "manifest flipped": (lambda f: _edit(f, lambda d: _table(d).update(clock=3), checksum=False), r"manifest.json: .*CRC-32"),
-    "foreign": (lambda f: (f / "manifest.json").write_text('{"format": "other"}'), r"manifest.json: not a checkpoint"),
+    "missing manifest": (lambda f: _manifest(f).unlink(), r"manifest.json: no such file.*never finished"),
+    "manifest truncated": (lambda f: _manifest(f).open("r+b").truncate(500), r"offset \d+: not JSON.*restore"),
+    "manifest not text": (lambda f: _manifest(f).write_bytes(b"\xff\xfe{}"), r"json, offset 0: not UTF-8"),
+    "manifest flipped": (
+        lambda f: _edit(f, lambda d: _table(d).update(clock=3), checksum=False), r"manifest.json: .*CRC-32",
+    ),
+    "foreign": (lambda f: _manifest(f).write_text('{"format": "other"}'), r"manifest.json: not a checkpoint"),
     "newer version": (lambda f: _edit(f, lambda d: d.update(version=2)), r"version 2.*up to version 1: upgrade"),
-    "count too great": (lambda f: _edit(f, lambda d: _table(d).update(rows=2**62)), r"'rows' is \d+, outside"),
-    "count negative": (lambda f: _edit(f, lambda d: _table(d).update(rows=-1)), r"'rows' is -1, outside"),
-    "count not a number": (lambda f: _edit(f, lambda d: _table(d).update(rows="9")), r"'rows' is '9', not an integer"),
-    "dim overflows": (lambda f: _edit(f, lambda d: _table(d).update(dim=2**40)), r"'dim' is \d+, outside"),
+    "count too great": (_set(rows=2**62), r"'rows' is \d+, outside"),
+    "count negative": (_set(rows=-1), r"'rows' is -1, outside"),
+    "count not a number": (_set(rows="9"), r"'rows' is '9', not an integer"),
+    "dim overflows": (_set(dim=2**40), r"'dim' is \d+, outside"),
     "field missing": (lambda f: _edit(f, lambda d: _table(d).pop("clock")), r"'clock' is missing"),
     "leads elsewhere": (
         lambda f: _edit(f, lambda d: d["collections"].update({"../x": d["collections"].pop("model.embeddings")})),

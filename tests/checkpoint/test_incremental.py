@@ -23,9 +23,9 @@ from dynamicemb import (
     RemoteRankError,
     incremental_dump,
 )
+from dynamicemb.checkpoint.files.reader import Checkpoint, StoredTable
+from dynamicemb.checkpoint.files.schema import mixed_keys
 from dynamicemb.checkpoint.merge import merge
-from dynamicemb.checkpoint.reader import Checkpoint, StoredTable
-from dynamicemb.checkpoint.schema import mixed_keys
 from dynamicemb.shard import table_statistics
 from dynamicemb.table import change_log
 from dynamicemb.table.contents import TableContents

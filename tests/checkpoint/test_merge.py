@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from dynamicemb import CheckpointError
 from dynamicemb.checkpoint import chain
 from dynamicemb.checkpoint.chain import ChainedTable
-from dynamicemb.checkpoint.manifest import OptimizerRecord
+from dynamicemb.checkpoint.files.manifest import OptimizerRecord
+from dynamicemb.checkpoint.files.reader import Checkpoint
+from dynamicemb.checkpoint.files.schema import TableSchema
+from dynamicemb.checkpoint.files.writer import CheckpointWriter
 from dynamicemb.checkpoint.merge import merge
 from dynamicemb.checkpoint.passes import problems_of
-from dynamicemb.checkpoint.reader import Checkpoint
-from dynamicemb.checkpoint.schema import TableSchema
-from dynamicemb.checkpoint.writer import CheckpointWriter
 from dynamicemb.kernels.hashing import owner_range
 from tests.checkpoint.histories import COLLECTION, SCHEMA, History, files
 from tests.oracle import mix64

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dynamicemb.checkpoint.convert import convert, detect
-from dynamicemb.checkpoint.manifest import TableRecord, read_manifest
+from dynamicemb.checkpoint.files.manifest import TableRecord, read_manifest
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 from tests.checkpoint.tables import (
     CLOCK,

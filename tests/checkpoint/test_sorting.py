@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamicemb.checkpoint import sorting
-from dynamicemb.checkpoint.schema import Rows, TableSchema
-from dynamicemb.checkpoint.sorting import DuplicateKey, sorted_pieces
+from dynamicemb.checkpoint.files.schema import Rows, TableSchema
+from dynamicemb.checkpoint.formats import sorting
+from dynamicemb.checkpoint.formats.sorting import DuplicateKey, sorted_pieces
 from dynamicemb.errors import CheckpointError
 from tests.checkpoint.tables import random_keys, random_rows
 from tests.oracle import mix64, unmix64

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynamicemb import DynamicEmbDump, DynamicEmbLoad, DynamicEmbWarning
-from dynamicemb.checkpoint.reader import StoredTable
+from dynamicemb.checkpoint.files.reader import StoredTable
 from dynamicemb.shard.tables import dynamic_tables
 from tests.checkpoint.models import contents, digests, model, train
 from tests.distributed import run_on_ranks

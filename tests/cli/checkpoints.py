@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamicemb.checkpoint.manifest import Placement, TableRecord
-from dynamicemb.checkpoint.schema import Rows
-from dynamicemb.checkpoint.writer import CheckpointWriter
+from dynamicemb.checkpoint.files.manifest import Placement, TableRecord
+from dynamicemb.checkpoint.files.schema import Rows
+from dynamicemb.checkpoint.files.writer import CheckpointWriter
 from tests.checkpoint.tables import random_rows, record_of
 from tests.oracle import mix64
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamicemb.checkpoint import reader
-from dynamicemb.checkpoint.compare import compare
-from dynamicemb.checkpoint.manifest import Counters
-from dynamicemb.checkpoint.reader import Checkpoint
+from dynamicemb.checkpoint.files import reader
+from dynamicemb.checkpoint.files.manifest import Counters
+from dynamicemb.checkpoint.files.reader import Checkpoint
+from dynamicemb.checkpoint.inspection.compare import compare
 from tests.checkpoint.histories import History
 from tests.cli.checkpoints import Arrays, file, flip, table, write
 from tests.cli.command import dynamicemb

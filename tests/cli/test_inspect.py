@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dynamicemb.checkpoint import summary
+from dynamicemb.checkpoint.inspection import summary
 from tests.checkpoint.histories import History
 from tests.cli.checkpoints import Arrays, table, write
 from tests.cli.command import dynamicemb

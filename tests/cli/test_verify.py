@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dynamicemb.checkpoint import table_check
-from dynamicemb.checkpoint.manifest import Placement
-from dynamicemb.checkpoint.schema import Rows
-from dynamicemb.checkpoint.writer import CheckpointWriter
+from dynamicemb.checkpoint.files.manifest import Placement
+from dynamicemb.checkpoint.files.schema import Rows
+from dynamicemb.checkpoint.files.writer import CheckpointWriter
+from dynamicemb.checkpoint.inspection import table_check
 from tests.checkpoint.histories import SCHEMA, History
 from tests.cli.checkpoints import COLLECTION, file, flip, table, write
 from tests.cli.command import dynamicemb

@@ -12,9 +12,10 @@ from typing import Any, Optional, Protocol
 
 import numpy as np
 
-from dynamicemb.checkpoint.manifest import OptimizerRecord, PartRecord, TableRecord, _Entry
-from dynamicemb.checkpoint.reader import StoredTable
-from dynamicemb.checkpoint.schema import Rows, TableSchema
+from dynamicemb.checkpoint.files.entry import Entry
+from dynamicemb.checkpoint.files.manifest import OptimizerRecord, PartRecord, TableRecord
+from dynamicemb.checkpoint.files.reader import StoredTable
+from dynamicemb.checkpoint.files.schema import Rows, TableSchema
 from dynamicemb.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -175,7 +176,7 @@ def record_from(path: Path, where: str, description: object) -> TableRecord:
             ) from None
     if not isinstance(description, dict):
         raise CheckpointError(f"{path}: {where} is not an object; restore the file from a copy")
-    return TableRecord.from_json(_Entry(path, where, description), _ANY_TABLE)
+    return TableRecord.from_json(Entry(path, where, description), _ANY_TABLE)
 
 
 def as_float32(values: np.ndarray, dtype: str) -> np.ndarray:

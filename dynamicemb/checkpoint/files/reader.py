@@ -11,10 +11,10 @@ from typing import Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.crc import Span, SpanSums, crc_of_segments
-from dynamicemb.checkpoint.manifest import Manifest, TableRecord, file_name, read_manifest
-from dynamicemb.checkpoint.schema import EVICTED, EVICTED_PART, KEYS, Part, Rows, mixed_keys
-from dynamicemb.checkpoint.staging import finished
+from dynamicemb.checkpoint.files.crc import Span, SpanSums, crc_of_segments
+from dynamicemb.checkpoint.files.manifest import Manifest, TableRecord, file_name, read_manifest
+from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, KEYS, Part, Rows, mixed_keys
+from dynamicemb.checkpoint.files.staging import finished
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["Checkpoint", "Piece", "Problem", "Scan", "StoredTable"]

@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from dynamicemb.checkpoint.manifest import MANIFEST, read_manifest
+from dynamicemb.checkpoint.files.manifest import MANIFEST, read_manifest
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["Staging", "finished", "sync_folder"]

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import torch
 
-from dynamicemb.checkpoint.manifest import Placement
+from dynamicemb.checkpoint.files.manifest import Placement
 from dynamicemb.kernels.hashing import buckets, owners
 from dynamicemb.kernels.layout import MAX_CHUNKS, TableGeometry
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from dynamicemb.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from dynamicemb.checkpoint.staging import finished
-from dynamicemb.checkpoint.table_check import Finding, TableCheck
+from dynamicemb.checkpoint.files.manifest import MANIFEST, Manifest, read_manifest
+from dynamicemb.checkpoint.files.staging import finished
+from dynamicemb.checkpoint.inspection.table_check import Finding, TableCheck
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["Finding", "Verification", "verify"]

@@ -17,9 +17,11 @@ from typing import Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.exchange import NO_HINTS, Hints, as_dtype, foreign_record, read_array, score_bounds
-from dynamicemb.checkpoint.manifest import OptimizerRecord, TableRecord
-from dynamicemb.checkpoint.nvidia.columns import (
+from dynamicemb.checkpoint.files.manifest import OptimizerRecord, TableRecord
+from dynamicemb.checkpoint.files.reader import PIECE_BYTES
+from dynamicemb.checkpoint.files.schema import KEYS, SCORES, VALUES, Rows, TableSchema, opt
+from dynamicemb.checkpoint.formats.exchange import NO_HINTS, Hints, as_dtype, foreign_record, read_array, score_bounds
+from dynamicemb.checkpoint.formats.nvidia.columns import (
     AGAIN,
     KEY_BYTES,
     SCORE_BYTES,
@@ -29,10 +31,8 @@ from dynamicemb.checkpoint.nvidia.columns import (
     rows_by_shard,
     states_of,
 )
-from dynamicemb.checkpoint.nvidia.files import Shard, TableFiles, find_tables
-from dynamicemb.checkpoint.nvidia.opt_args import OptArgs, read_opt_args
-from dynamicemb.checkpoint.reader import PIECE_BYTES
-from dynamicemb.checkpoint.schema import KEYS, SCORES, VALUES, Rows, TableSchema, opt
+from dynamicemb.checkpoint.formats.nvidia.files import Shard, TableFiles, find_tables
+from dynamicemb.checkpoint.formats.nvidia.opt_args import OptArgs, read_opt_args
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 
 __all__ = ["NvidiaSource", "nvidia_sources"]

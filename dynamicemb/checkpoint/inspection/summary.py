@@ -1,7 +1,7 @@
 """What a table looks like: histograms of scores and of row norms, the rows that are worth most and least.
 
 Everything is counted in pieces: scores are read twice (8 bytes for each row: their range decides about the bins),
-values once. Nothing is checked but sizes; :mod:`dynamicemb.checkpoint.verify` does that.
+values once. Nothing is checked but sizes; :mod:`dynamicemb.checkpoint.inspection.verify` does that.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.exchange import as_float32
-from dynamicemb.checkpoint.reader import PIECE_BYTES, StoredTable
-from dynamicemb.checkpoint.schema import KEYS, SCORES, VALUES
+from dynamicemb.checkpoint.files.reader import PIECE_BYTES, StoredTable
+from dynamicemb.checkpoint.files.schema import KEYS, SCORES, VALUES
+from dynamicemb.checkpoint.formats.exchange import as_float32
 
 __all__ = ["Histogram", "NormSummary", "RankedRow", "ScoreSummary", "TableSummary", "row_norms", "summarize"]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamicemb.checkpoint.exchange import as_float32
-from dynamicemb.checkpoint.manifest import TableRecord
-from dynamicemb.checkpoint.nvidia.files import OPT_ARGS, shard_path
-from dynamicemb.checkpoint.nvidia.opt_args import opt_args_of
-from dynamicemb.checkpoint.schema import Rows, opt
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.schema import Rows, opt
+from dynamicemb.checkpoint.formats.exchange import as_float32
+from dynamicemb.checkpoint.formats.nvidia.files import OPT_ARGS, shard_path
+from dynamicemb.checkpoint.formats.nvidia.opt_args import opt_args_of
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["NvidiaTableWriter"]

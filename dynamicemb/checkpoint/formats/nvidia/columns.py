@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from dynamicemb.checkpoint.manifest import OptimizerRecord
-from dynamicemb.checkpoint.nvidia.files import OPT_ARGS, Shard, TableFiles
-from dynamicemb.checkpoint.nvidia.opt_args import EITHER_ADAGRAD, state_widths
+from dynamicemb.checkpoint.files.manifest import OptimizerRecord
+from dynamicemb.checkpoint.formats.nvidia.files import OPT_ARGS, Shard, TableFiles
+from dynamicemb.checkpoint.formats.nvidia.opt_args import EITHER_ADAGRAD, state_widths
 from dynamicemb.errors import CheckpointError
 from dynamicemb.kernels.layout import OptimizerKind, OptimizerState, optimizer_states
 

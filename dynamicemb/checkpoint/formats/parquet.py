@@ -17,7 +17,10 @@ from typing import Any, Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.exchange import (
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.reader import PIECE_BYTES
+from dynamicemb.checkpoint.files.schema import KEYS, SCORES, VALUES, Part, Rows, TableSchema, opt
+from dynamicemb.checkpoint.formats.exchange import (
     NO_HINTS,
     Hints,
     as_dtype,
@@ -27,9 +30,6 @@ from dynamicemb.checkpoint.exchange import (
     record_from,
     score_bounds,
 )
-from dynamicemb.checkpoint.manifest import TableRecord
-from dynamicemb.checkpoint.reader import PIECE_BYTES
-from dynamicemb.checkpoint.schema import KEYS, SCORES, VALUES, Part, Rows, TableSchema, opt
 from dynamicemb.errors import CheckpointError, ConfigError, DynamicEmbWarning
 
 __all__ = ["ParquetSource", "ParquetTableWriter", "require_pyarrow"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from dynamicemb.checkpoint.exchange import described, record_from
-from dynamicemb.checkpoint.manifest import OptimizerRecord, TableRecord
+from dynamicemb.checkpoint.files.manifest import OptimizerRecord, TableRecord
+from dynamicemb.checkpoint.formats.exchange import described, record_from
 from dynamicemb.errors import CheckpointError
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.table.optimizers import OptimizerConfig

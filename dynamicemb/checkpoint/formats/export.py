@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol, Union
 
-from dynamicemb.checkpoint.exchange import Hints, Source
-from dynamicemb.checkpoint.nvidia import NvidiaTableWriter
-from dynamicemb.checkpoint.parquet import ParquetSource, ParquetTableWriter, require_pyarrow
-from dynamicemb.checkpoint.reader import Piece
-from dynamicemb.checkpoint.safetensors import SafetensorsSource, SafetensorsTableWriter
-from dynamicemb.checkpoint.schema import Rows
+from dynamicemb.checkpoint.files.reader import Piece
+from dynamicemb.checkpoint.files.schema import Rows
+from dynamicemb.checkpoint.formats.exchange import Hints, Source
+from dynamicemb.checkpoint.formats.nvidia import NvidiaTableWriter
+from dynamicemb.checkpoint.formats.parquet import ParquetSource, ParquetTableWriter, require_pyarrow
+from dynamicemb.checkpoint.formats.safetensors import SafetensorsSource, SafetensorsTableWriter
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["EXPORTS", "export_table", "file_source", "prepare"]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from dynamicemb.checkpoint.crc import num_segments
-from dynamicemb.checkpoint.schema import EVICTED, EVICTED_PART, Part, TableSchema
+from dynamicemb.checkpoint.files.crc import num_segments
+from dynamicemb.checkpoint.files.entry import Entry, hexadecimal
+from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, Part, TableSchema
 from dynamicemb.errors import CheckpointError
 
 __all__ = [
@@ -183,7 +182,7 @@ class TableRecord:
         }
 
     @staticmethod
-    def from_json(entry: _Entry, table: str) -> TableRecord:
+    def from_json(entry: Entry, table: str) -> TableRecord:
         dim, dtype = entry.integer("dim", 1, _MAX_DIM), entry.one_of("dtype", ("float32", "float16", "bfloat16"))
         rows, segment_rows = entry.integer("rows", 0, _MAX_ROWS), entry.integer("segment_rows", 1, _MAX_ROWS)
         parts_entry = entry.mapping("parts")
@@ -229,7 +228,7 @@ class TableRecord:
         )  # fmt: skip
 
 
-def _part_record(parts: _Entry, part: Part, table: str, rows: Optional[int], segment_rows: int) -> PartRecord:
+def _part_record(parts: Entry, part: Part, table: str, rows: Optional[int], segment_rows: int) -> PartRecord:
     entry = parts.mapping(part.name)
     if entry.string("file") != file_name(table, part.name):
         raise entry.error(f"file is {entry.string('file')!r}, not {file_name(table, part.name)!r}")
@@ -242,10 +241,10 @@ def _part_record(parts: _Entry, part: Part, table: str, rows: Optional[int], seg
     crc32 = entry.sequence("crc32")
     if len(crc32) != num_segments(rows, segment_rows):
         raise entry.error(f"{len(crc32)} checksums for {num_segments(rows, segment_rows)} segments")
-    return PartRecord(rows, tuple(_hexadecimal(entry, "crc32", text, 8) for text in crc32))
+    return PartRecord(rows, tuple(hexadecimal(entry, "crc32", text, 8) for text in crc32))
 
 
-def _placement(entry: _Entry) -> Optional[Placement]:
+def _placement(entry: Entry) -> Optional[Placement]:
     if entry.value.get("placement") is None:
         return None
     placement = entry.mapping("placement")
@@ -322,7 +321,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of dynamicemb ('format' is not {FORMAT!r})")
-    entry = _Entry(path, "", document)
+    entry = Entry(path, "", document)
     version = entry.integer("version", 1)
     if version > VERSION:
         raise CheckpointError(
@@ -346,83 +345,3 @@ def read_manifest(folder: Path) -> Manifest:
                 raise by_table.error(f"{table}: 'since' is {record.since}, but the checkpoint is a {kind} one")
             tables[collection][table] = record
     return Manifest(kind, tables, entry.string("package_version"))
-
-
-_NAME = re.compile(r"[^/\0]+")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """An object of the manifest and where it is, for messages."""
-
-    path: Path
-    where: str
-    value: dict[str, Any]
-
-    def error(self, message: str) -> CheckpointError:
-        at = f"{self.where}: " if self.where else ""
-        return CheckpointError(f"{self.path}: {at}{message}; the manifest is damaged: restore it from a copy")
-
-    def check_name(self, name: str) -> None:
-        """Names are parts of paths; one that would lead elsewhere is refused."""
-        if not _NAME.fullmatch(name) or name in (".", ".."):
-            raise self.error(f"{name!r} cannot be a name")
-
-    def names(self) -> list[str]:
-        return list(self.value)
-
-    def _get(self, name: str, kind: type, described: str) -> Any:
-        value = self.value.get(name)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise self.error(
-                f"{name!r} is {value!r}, not {described}" if name in self.value else f"{name!r} is missing"
-            )
-        return value
-
-    def mapping(self, name: str) -> _Entry:
-        return _Entry(self.path, f"{self.where}.{name}".lstrip("."), self._get(name, dict, "an object"))
-
-    def sequence(self, name: str) -> list[Any]:
-        return self._get(name, list, "an array")
-
-    def string(self, name: str) -> str:
-        return self._get(name, str, "a string")
-
-    def boolean(self, name: str) -> bool:
-        return self._get(name, bool, "true or false")
-
-    def integer(self, name: str, lower: int, upper: int = 2**63 - 1) -> int:
-        value = self._get(name, int, "an integer")
-        if not lower <= value <= upper:
-            raise self.error(f"{name!r} is {value}, outside [{lower}, {upper}]")
-        return value
-
-    def optional_integer(self, name: str, lower: int) -> Optional[int]:
-        return None if self.value.get(name) is None else self.integer(name, lower)
-
-    def integers(self, name: str, lower: int, upper: int) -> list[int]:
-        values = self.sequence(name)
-        if any(type(value) is not int or not lower <= value <= upper for value in values):
-            raise self.error(f"{name!r} is {values}, not integers in [{lower}, {upper}]")
-        return values
-
-    def number(self, name: str) -> float:
-        value = self.value[name]
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise self.error(f"{name!r} is {value!r}, not a finite number")
-        return float(value)
-
-    def one_of(self, name: str, allowed: tuple[str, ...]) -> str:
-        value = self.string(name)
-        if value not in allowed:
-            raise self.error(f"{name!r} is {value!r}, not {' or '.join(allowed)}")
-        return value
-
-    def hexadecimal(self, name: str, digits: int) -> int:
-        return _hexadecimal(self, name, self.string(name), digits)
-
-
-def _hexadecimal(entry: _Entry, name: str, text: object, digits: int) -> int:
-    if not isinstance(text, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", text):
-        raise entry.error(f"{name!r} has {text!r}, not {digits} hexadecimal digits")
-    return int(text, 16)

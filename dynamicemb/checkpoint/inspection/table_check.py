@@ -10,11 +10,11 @@ from typing import Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.crc import SpanSums, crc_of_segments
-from dynamicemb.checkpoint.manifest import MANIFEST, PartRecord, TableRecord, file_name
-from dynamicemb.checkpoint.reader import PIECE_BYTES
-from dynamicemb.checkpoint.schema import EVICTED, KEYS, Part, mixed_keys
-from dynamicemb.checkpoint.shares import Shares
+from dynamicemb.checkpoint.files.crc import SpanSums, crc_of_segments
+from dynamicemb.checkpoint.files.manifest import MANIFEST, PartRecord, TableRecord, file_name
+from dynamicemb.checkpoint.files.reader import PIECE_BYTES
+from dynamicemb.checkpoint.files.schema import EVICTED, KEYS, Part, mixed_keys
+from dynamicemb.checkpoint.inspection.shares import Shares
 
 __all__ = ["LISTED", "Finding", "TableCheck"]
 

@@ -16,10 +16,10 @@ from typing import Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.crc import Span, SpanSums, crc_of_segments
-from dynamicemb.checkpoint.manifest import MANIFEST, SEGMENT_ROWS, Manifest, PartRecord, TableRecord, file_name
-from dynamicemb.checkpoint.schema import EVICTED, EVICTED_PART, Part, Rows, TableSchema
-from dynamicemb.checkpoint.staging import Staging
+from dynamicemb.checkpoint.files.crc import Span, SpanSums, crc_of_segments
+from dynamicemb.checkpoint.files.manifest import MANIFEST, SEGMENT_ROWS, Manifest, PartRecord, TableRecord, file_name
+from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, Part, Rows, TableSchema
+from dynamicemb.checkpoint.files.staging import Staging
 from dynamicemb.errors import CheckpointError
 from dynamicemb.version import __version__
 
@@ -208,6 +208,7 @@ class CheckpointWriter:
         self._kind = kind
         self._overwrite = overwrite
         self._tables: dict[str, dict[str, TableRecord]] = {}
+        self._open: list[SequentialTableWriter] = []
 
     def __enter__(self) -> CheckpointWriter:
         self._staging.begin(self._overwrite)
@@ -215,7 +216,9 @@ class CheckpointWriter:
 
     def table(self, collection: str, table: str, schema: TableSchema) -> SequentialTableWriter:
         """A writer for one table; its ``finish`` adds the table to the checkpoint."""
-        return SequentialTableWriter(self, self._staging.folder, collection, table, schema, self._kind == "delta")
+        delta = self._kind == "delta"
+        self._open.append(SequentialTableWriter(self, self._staging.folder, collection, table, schema, delta))
+        return self._open[-1]
 
     def add(self, collection: str, table: str, record: TableRecord) -> None:
         self._tables.setdefault(collection, {})[table] = record
@@ -223,6 +226,8 @@ class CheckpointWriter:
     def __exit__(
         self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
     ) -> None:
+        for table in self._open:
+            table.close()
         if error is not None:
             self._staging.abandon()
             return
@@ -251,6 +256,12 @@ class SequentialTableWriter:
         assert self._evicted is not None
         self._evicted.write(Rows({EVICTED: keys}))
         self._evicted_rows += keys.size
+
+    def close(self) -> None:
+        """Closes what :meth:`finish` has not: the files of a table that an error cut short."""
+        self._rows.close()
+        if self._evicted is not None:
+            self._evicted.close()
 
     def finish(self, record: TableRecord) -> None:
         """Completes the table. ``record`` says what the manifest will, but for rows, parts, schema and segments."""

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dynamicemb.checkpoint.exchange import Source
-from dynamicemb.checkpoint.reader import PIECE_BYTES, Piece
-from dynamicemb.checkpoint.schema import KEYS, Rows, TableSchema, mixed_keys
+from dynamicemb.checkpoint.files.reader import PIECE_BYTES, Piece
+from dynamicemb.checkpoint.files.schema import KEYS, Rows, TableSchema, mixed_keys
+from dynamicemb.checkpoint.formats.exchange import Source
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["DuplicateKey", "ordered", "sorted_pieces"]

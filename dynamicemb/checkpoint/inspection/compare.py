@@ -9,10 +9,10 @@ from typing import Any, Optional
 
 import numpy as np
 
-from dynamicemb.checkpoint.exchange import as_float32
-from dynamicemb.checkpoint.manifest import TableRecord
-from dynamicemb.checkpoint.reader import Checkpoint, Piece, StoredTable
-from dynamicemb.checkpoint.schema import KEYS, SCORES, Part, Rows, mixed_keys
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.reader import Checkpoint, Piece, StoredTable
+from dynamicemb.checkpoint.files.schema import KEYS, SCORES, Part, Rows, mixed_keys
+from dynamicemb.checkpoint.formats.exchange import as_float32
 from dynamicemb.errors import CheckpointError
 
 __all__ = [

@@ -19,7 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from dynamicemb.checkpoint.exchange import (
+from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.reader import PIECE_BYTES
+from dynamicemb.checkpoint.files.schema import DTYPES, KEYS, SCORES, VALUES, Part, Rows, TableSchema, opt
+from dynamicemb.checkpoint.formats.exchange import (
     NO_HINTS,
     Hints,
     as_dtype,
@@ -29,10 +32,7 @@ from dynamicemb.checkpoint.exchange import (
     record_from,
     score_bounds,
 )
-from dynamicemb.checkpoint.exchange import described as description_of
-from dynamicemb.checkpoint.manifest import TableRecord
-from dynamicemb.checkpoint.reader import PIECE_BYTES
-from dynamicemb.checkpoint.schema import DTYPES, KEYS, SCORES, VALUES, Part, Rows, TableSchema, opt
+from dynamicemb.checkpoint.formats.exchange import described as description_of
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 
 __all__ = ["SafetensorsSource", "SafetensorsTableWriter"]

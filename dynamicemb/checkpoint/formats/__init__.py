@@ -1,0 +1,1 @@
+"""Other formats: NVIDIA dynamicemb's dumps, Parquet, safetensors."""

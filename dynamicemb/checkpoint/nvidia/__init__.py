@@ -1,7 +1,0 @@
-"""Dumps of NVIDIA's dynamicemb: raw arrays without header, one file for each table, or one for each table and rank."""
-
-from dynamicemb.checkpoint.nvidia.files import looks_like_dump
-from dynamicemb.checkpoint.nvidia.reader import NvidiaSource, nvidia_sources
-from dynamicemb.checkpoint.nvidia.writer import NvidiaTableWriter
-
-__all__ = ["NvidiaSource", "NvidiaTableWriter", "looks_like_dump", "nvidia_sources"]
