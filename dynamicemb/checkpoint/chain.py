@@ -122,8 +122,8 @@ class MergedPiece:
 class ChainPass:
     """A pass over a range of mixed keys; iterating it yields the rows that count.
 
-    Memory: one block of each file, :data:`~dynamicemb.checkpoint.files.reader.PIECE_BYTES` for all rows together, and as
-    much for the rows that are yielded. Each byte is read once; order is checked in every file, tombstones included.
+    Memory: one block of each file, :data:`~dynamicemb.checkpoint.files.reader.PIECE_BYTES` for all rows together, and
+    as much for the rows that are yielded. Each byte is read once; order is checked in every file, tombstones included.
 
     Args:
         tables: in order, oldest first.
