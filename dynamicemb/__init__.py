@@ -1,11 +1,12 @@
 """Dynamic embedding tables for TorchRec: GPU and CPU hash tables behind one flag in a table's constraints.
 
-Importing this package needs no GPU, no compiler and no torchrec. The classes that torchrec works with are in
+Importing this package needs no GPU, no compiler and no torchrec; not even torch is loaded before a name is used that
+needs it, so that the command starts at once. The classes that torchrec works with are in
 :mod:`dynamicemb.planner` and :mod:`dynamicemb.shard`; checkpoints are in :mod:`dynamicemb.checkpoint`.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamicemb.errors import (
     CapacityError,
@@ -17,19 +18,26 @@ from dynamicemb.errors import (
     KeyTypeError,
     RemoteRankError,
 )
-from dynamicemb.options import (
-    DynamicEmbCheckMode,
-    DynamicEmbEvictStrategy,
-    DynamicEmbInitializerArgs,
-    DynamicEmbInitializerMode,
-    DynamicEmbTableOptions,
-)
 from dynamicemb.version import __version__
 
-# Loaded on first use: they need torchrec and a compiler.
+if TYPE_CHECKING:
+    from dynamicemb.options import (
+        DynamicEmbCheckMode,
+        DynamicEmbEvictStrategy,
+        DynamicEmbInitializerArgs,
+        DynamicEmbInitializerMode,
+        DynamicEmbTableOptions,
+    )
+
+# Loaded on first use.
 _LAZY = {
+    "DynamicEmbCheckMode": "dynamicemb.options",
     "DynamicEmbDump": "dynamicemb.checkpoint.dump",
+    "DynamicEmbEvictStrategy": "dynamicemb.options",
+    "DynamicEmbInitializerArgs": "dynamicemb.options",
+    "DynamicEmbInitializerMode": "dynamicemb.options",
     "DynamicEmbLoad": "dynamicemb.checkpoint.load",
+    "DynamicEmbTableOptions": "dynamicemb.options",
     "incremental_dump": "dynamicemb.checkpoint.incremental",
 }
 
