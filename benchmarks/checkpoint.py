@@ -158,6 +158,7 @@ def _on_rank(size: Size, folder: str) -> tuple[dict[str, list[Laps]], int, int]:
     DynamicEmbDump(here / "dump", model, optim=True)
     DynamicEmbLoad(here / "dump", other, optim=True)
     _check(model, other, here, size)
+    _train(model, 0, WORLD_SIZE, size)  # a delta has the rows of the step that it begins at, too
     since = get_score(model)["t"]
     _train(model, 0, round(size.rows * size.touched), size)
     ranges = _ranges(here / "dump")
