@@ -112,9 +112,10 @@ class TableContents:
                     taken &= selected(number, place)
                 offsets = taken.nonzero().squeeze(1) + place.start
                 slots.append(((self._table * MAX_CHUNKS + number) << CHUNK_SHIFT) | offsets)
-                keys.append(chunk.keys[offsets])
-                scores.append(chunk.scores[offsets])
-            run = _sorted(torch.cat(keys), torch.cat(slots), torch.cat(scores))
+                # index_select takes a quarter of the time of an index in brackets.
+                keys.append(chunk.keys.index_select(0, offsets))
+                scores.append(chunk.scores.index_select(0, offsets))
+            run = _sorted(_joined(keys), _joined(slots), _joined(scores))
             for start in range(0, len(run), max_rows):
                 yield run[start : start + max_rows]
 
@@ -231,7 +232,11 @@ class TableContents:
                 target.index_copy_(0, offsets, values if places is None else values[places])
 
 
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # torch copies a single one, too
+
+
 def _sorted(keys: torch.Tensor, slots: torch.Tensor, scores: torch.Tensor) -> SlotRun:
     mixed = mix64(keys)
     order = torch.argsort(mixed ^ _SIGN_BIT)  # flipping the sign bit makes signed order unsigned order
-    return SlotRun(keys[order], slots[order], scores[order], mixed[order])
+    return SlotRun(*(column.index_select(0, order) for column in (keys, slots, scores, mixed)))
