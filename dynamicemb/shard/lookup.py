@@ -178,7 +178,7 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
             yield from module.named_parameters_by_table()  # type: ignore[operator]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Nothing: rows are not tensors of a fixed shape, so they cannot be saved as parameters are."""
+        """Nothing: rows are no parameters. The collection shows them; see :mod:`dynamicemb.shard.state_dict`."""
         return OrderedDict()
 
     def flush(self) -> None:
