@@ -18,13 +18,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.checkpoint.selection import selected_tables
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
-from dynamicemb.kernels.hashing import mix64, owners
+from dynamicemb.kernels.hashing import mix64, owners, sortable
 from dynamicemb.shard.tables import DynamicTable
 from dynamicemb.table.filling import HostRows, TableFilling
 
 __all__ = ["load_static"]
 
-_SIGN_BIT = -(2**63)
 #: Ids that are looked at together while a rank finds those that it owns.
 _SCANNED_IDS = 1 << 20
 #: Bytes of rows that a rank asks for at a time. It may be asked for as much by every other rank.
@@ -222,7 +221,7 @@ def _own_ids(rows: int, ranks: Ranks) -> torch.Tensor:
         ids = torch.arange(first, min(first + _SCANNED_IDS, rows))
         found.append(ids[owners(ids, ranks.size) == ranks.rank])
     ids = torch.cat(found)
-    return ids[torch.argsort(mix64(ids) ^ _SIGN_BIT)]
+    return ids[torch.argsort(sortable(mix64(ids)))]
 
 
 def _read(source: _Source, ids: torch.Tensor, dtype: torch.dtype, table: DynamicTable, ranks: Ranks) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning, RemoteRankError
-from dynamicemb.kernels.hashing import mix64, owners
+from dynamicemb.kernels.hashing import mix64, owners, sortable
 from dynamicemb.kernels.update import HyperparameterColumn
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.state_dict import (
@@ -35,7 +35,6 @@ from dynamicemb.table.optimizers import HYPERPARAMETERS
 
 __all__ = ["restore_tables"]
 
-_SIGN_BIT = -(2**63)
 #: Rows that are put into a table at a time.
 _PIECE_ROWS = 1 << 16
 _REMEDY = (
@@ -138,7 +137,7 @@ def _local_rows(where: str, value: Any) -> tuple[torch.Tensor, _Ranges]:
 def _own_range(table: str, keys: torch.Tensor, ranges: _Ranges, pg: Optional[dist.ProcessGroup]) -> tuple[int, int]:
     """Where this rank's rows are among those that are here, after a look at the order of all of these."""
     where = f"state dict of table '{table}', entry 'keys'"
-    mixed = mix64(keys) ^ _SIGN_BIT  # flipping the sign bit makes signed order unsigned order
+    mixed = sortable(mix64(keys))
     if (wrong := (mixed[1:] <= mixed[:-1]).nonzero()).numel():
         place = int(wrong[0])
         one, other = keys[place : place + 2].tolist()

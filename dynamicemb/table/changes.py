@@ -18,7 +18,7 @@ from typing import Optional
 import torch
 
 from dynamicemb.kernels.find import find
-from dynamicemb.kernels.hashing import mix64
+from dynamicemb.kernels.hashing import mix64, sortable
 from dynamicemb.kernels.insert import Insertion
 from dynamicemb.kernels.layout import NO_SLOT, TableGeometry
 from dynamicemb.kernels.views import KeyBatch, KeyStatus, UniqueKeys
@@ -27,7 +27,6 @@ from dynamicemb.table.storage import GroupStorage
 
 __all__ = ["GroupChanges", "Selection", "Survey"]
 
-_SIGN_BIT = -(2**63)
 #: Slots that are surveyed together.
 _SURVEYED_SLOTS = 1 << 20
 #: Evicted keys are sorted in so many ranges of mixed keys, one after the other: memory for one of them.
@@ -206,7 +205,7 @@ class GroupChanges:
         """Those of ``keys`` that are not in the table, each once, in order."""
         if keys.numel() == 0:
             return keys
-        keys = keys[torch.argsort(mix64(keys) ^ _SIGN_BIT)]  # signed order of that is unsigned order
+        keys = keys[torch.argsort(sortable(mix64(keys)))]
         distinct = torch.ones_like(keys, dtype=torch.bool)
         distinct[1:] = keys[1:] != keys[:-1]
         keys = keys[distinct]

@@ -13,7 +13,7 @@ from typing import Optional
 
 import torch
 
-from dynamicemb.kernels.hashing import mix64
+from dynamicemb.kernels.hashing import mix64, sortable
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, NO_SLOT, TableGeometry
 from dynamicemb.kernels.views import UniqueKeys
@@ -21,7 +21,6 @@ from dynamicemb.table.storage import Chunk, GroupStorage
 
 __all__ = ["SlotRun", "StoredRows", "TableContents"]
 
-_SIGN_BIT = -(2**63)
 _OFFSET_MASK = (1 << CHUNK_SHIFT) - 1
 #: Slots that are looked at together: 17 bytes of metadata each, and as many again while they are sorted.
 _SCANNED_SLOTS = 1 << 16
@@ -238,5 +237,5 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 def _sorted(keys: torch.Tensor, slots: torch.Tensor, scores: torch.Tensor) -> SlotRun:
     mixed = mix64(keys)
-    order = torch.argsort(mixed ^ _SIGN_BIT)  # flipping the sign bit makes signed order unsigned order
+    order = torch.argsort(sortable(mixed))
     return SlotRun(*(column.index_select(0, order) for column in (keys, slots, scores, mixed)))

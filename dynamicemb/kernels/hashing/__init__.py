@@ -14,11 +14,12 @@ import torch
 
 from dynamicemb.kernels.engine import host_implementation, implementation
 
-__all__ = ["GOLDEN_GAMMA", "MIX_FACTOR_1", "MIX_FACTOR_2", "buckets", "mix64", "owner_range", "owners"]
+__all__ = ["GOLDEN_GAMMA", "MIX_FACTOR_1", "MIX_FACTOR_2", "buckets", "mix64", "owner_range", "owners", "sortable"]
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 MIX_FACTOR_1 = 0xBF58476D1CE4E5B9
 MIX_FACTOR_2 = 0x94D049BB133111EB
+_SIGN_BIT = -(2**63)
 
 
 def mix64(keys: torch.Tensor) -> torch.Tensor:
@@ -44,6 +45,18 @@ def owners(keys: torch.Tensor, world_size: int) -> torch.Tensor:
         int64 [N], from 0 to ``world_size - 1``. Does not synchronise.
     """
     return implementation(__name__, keys.device).owners(keys, world_size)
+
+
+def sortable(mixed: torch.Tensor) -> torch.Tensor:
+    """Numbers whose order is that of the mixed keys, which are unsigned, where torch only compares signed ones.
+
+    Args:
+        mixed: int64 [N], from :func:`mix64`.
+
+    Returns:
+        int64 [N]. Does not synchronise.
+    """
+    return mixed ^ _SIGN_BIT
 
 
 def owner_range(rank: int, world_size: int) -> tuple[int, int]:
