@@ -128,13 +128,18 @@ def _check_fit(checkpoint: Checkpoint, table: DynamicTable, record: TableRecord,
             raise CheckpointError(f"{where} has {what} {found}, but the model's has {expected}; give the model {found}")
     if not optim:
         return
-    kind = config.optimizer.kind.name.lower()
+    kind, states = config.optimizer.kind.name.lower(), schema_of(table, optim=True).states
     if not record.optimizer.saved:
         raise CheckpointError(f"{where} was saved without optimizer state; load it with optim=False")
     if record.optimizer.kind != kind:
         raise CheckpointError(
             f"{where} has the optimizer {record.optimizer.kind}, but the model's has {kind}; "
             "load it with optim=False, or give the model that optimizer"
+        )
+    if record.schema.states != states:
+        raise CheckpointError(
+            f"{where} has the optimizer states {dict(record.schema.states)}, but {kind} has {dict(states)}; "
+            "the manifest is damaged: restore it from a copy"
         )
 
 

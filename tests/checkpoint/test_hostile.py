@@ -91,6 +91,17 @@ def _swapped(folder: Path) -> None:
     _edit(folder, change)
 
 
+def _renamed_state(folder: Path) -> None:
+    """A state that no optimizer has, with everything else in order."""
+    _file("t1_opt_exp_avg")(folder).rename(_file("t1_opt_momentum")(folder))
+
+    def change(document: dict[str, Any]) -> None:
+        parts = _table(document)["parts"]
+        parts["opt_momentum"] = {**parts.pop("opt_exp_avg"), "file": "t1_opt_momentum"}
+
+    _edit(folder, change)
+
+
 #: What is done to a checkpoint, and what the error says. ``t1`` is the table in the middle.
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda f: _file("t1_values")(f).open("r+b").truncate(40), r"t1_values, offset 40: 40 bytes.*restore"),
@@ -108,6 +119,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest flipped": (
         lambda f: _edit(f, lambda d: _table(d).update(clock=3), checksum=False), r"manifest.json: .*CRC-32",
     ),
+    "manifest too deep": (lambda f: _manifest(f).write_text("[" * 100_000), r"json, offset \d+: not .*restore"),
+    "number too long": (lambda f: _manifest(f).write_text('{"version": ' + "9" * 5000 + "}"), r"json, offset 0: not"),
+    "state renamed": (_renamed_state, r"'t1' has the optimizer states .*momentum.*restore"),
     "foreign": (lambda f: _manifest(f).write_text('{"format": "other"}'), r"manifest.json: not a checkpoint"),
     "newer version": (lambda f: _edit(f, lambda d: d.update(version=2)), r"version 2.*up to version 1: upgrade"),
     "count too great": (_set(rows=2**62), r"'rows' is \d+, outside"),

@@ -317,6 +317,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path}, offset {error.pos}: not JSON ({error.msg}); restore the file from a copy"
         ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, arrays in thousands of arrays
+        raise CheckpointError(f"{path}, offset 0: not a manifest ({error}); restore the file from a copy") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
