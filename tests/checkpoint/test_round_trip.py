@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dynamicemb import DynamicEmbDump, DynamicEmbEvictStrategy, DynamicEmbLoad
+from dynamicemb import DynamicEmbDump, DynamicEmbEvictStrategy, DynamicEmbLoad, incremental_dump
 from dynamicemb.shard import get_score, table_statistics
 from dynamicemb.shard.tables import dynamic_tables
 from tests.checkpoint.models import OPTIMIZERS, contents, model, train
@@ -126,3 +126,18 @@ def _paths(rank: int, world_size: int, folder: str) -> None:
 
 def test_collections_are_called_the_same_however_the_model_is_wrapped(tmp_path: Path) -> None:
     run_on_ranks(1, _paths, str(tmp_path))
+
+
+def _nothing(rank: int, world_size: int, folder: str) -> bool:
+    first, second = model("adam"), model("adam")
+    DynamicEmbDump(f"{folder}/full", first, optim=True)
+    incremental_dump(f"{folder}/delta", first, f"{folder}/full", optim=True)
+    train(second, range(3), rank, world_size)
+    DynamicEmbLoad([f"{folder}/full", f"{folder}/delta"], second, optim=True)
+    assert not any(contents(second).values())
+    losses = [train(one, range(3), rank, world_size) for one in (first, second)]
+    return losses[0] == losses[1] and contents(first) == contents(second)
+
+
+def test_tables_without_rows(tmp_path: Path) -> None:
+    assert run_on_ranks(3, _nothing, str(tmp_path)) == [True] * 3
