@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ def _tables(model: nn.Module) -> dict[str, DynamicTable]:
     return {table.name if uses[table.name] == 1 else f"{table.collection}.{table.name}": table for table in tables}
 
 
+#: gloo's thread lets go of what it has added up some time after the call has returned, for which it needs Python's
+#: lock. It aborts a process that ends before it gets it, as one may that prints its statistics last (torch 2.13).
+_LET_GO_SECONDS = 0.005
+
+
 def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
     """Statistics of every dynamic table of ``model`` by name. All ranks call it together; it waits for the device.
 
@@ -66,6 +72,7 @@ def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
             dist.all_reduce(numbers, group=process_group)
         rows, capacity, slots, hits, misses, evicted, refused = numbers.tolist()
         result[name] = TableStatistics(rows, capacity, slots, rows / capacity, hits, misses, evicted, refused)
+    time.sleep(_LET_GO_SECONDS)
     return result
 
 
