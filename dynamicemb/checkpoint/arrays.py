@@ -7,23 +7,11 @@ import itertools
 import numpy as np
 import torch
 
-from dynamicemb.checkpoint.files.schema import DTYPES, KEYS, SCORES, VALUES, Rows, TableSchema, opt
-from dynamicemb.table.contents import SlotRun, StoredRows, TableContents
+from dynamicemb.checkpoint.files.schema import Rows, TableSchema, opt
+from dynamicemb.table.contents import SlotRun, TableContents
 from dynamicemb.table.filling import HostRows
 
-__all__ = ["RowBuffers", "from_disk", "to_disk"]
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return (tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor).numpy()
-
-
-def to_disk(rows: StoredRows, schema: TableSchema) -> Rows:
-    """Rows of a table as they are written; states that ``schema`` does not have are left out."""
-    arrays = {KEYS: _array(rows.keys), VALUES: _array(rows.embeddings), SCORES: _array(rows.scores)}
-    arrays |= {opt(name): _array(rows.states[name]) for name, _ in schema.states}
-    return Rows({part.name: arrays[part.name].view(DTYPES[part.dtype]) for part in schema.parts})
+__all__ = ["RowBuffers", "from_disk"]
 
 
 class RowBuffers:

@@ -62,6 +62,7 @@ def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
     A name that several collections use is prefixed with the path of the collection, here and in the functions below.
     """
     result: dict[str, TableStatistics] = {}
+    pause = 0.0
     for name, table in _tables(model).items():
         group, process_group = table.group, table.process_group
         counters, size = group.counters()[table.index], group.storage.geometries[table.index]
@@ -70,9 +71,10 @@ def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
         numbers = torch.tensor(sizes + events, device=group.device)
         if process_group is not None and process_group.size() > 1:
             dist.all_reduce(numbers, group=process_group)
+            pause = _LET_GO_SECONDS
         rows, capacity, slots, hits, misses, evicted, refused = numbers.tolist()
         result[name] = TableStatistics(rows, capacity, slots, rows / capacity, hits, misses, evicted, refused)
-    time.sleep(_LET_GO_SECONDS)
+    time.sleep(pause)
     return result
 
 

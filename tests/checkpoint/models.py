@@ -104,3 +104,13 @@ def digests(folder: Path) -> dict[str, str]:
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != "manifest.json"
     }
+
+
+def joined(by_rank: Sequence[dict[str, dict]]) -> dict[str, dict]:
+    """What all ranks hold together; no key on two of them."""
+    tables_of_all: dict[str, dict] = {}
+    for tables in by_rank:
+        for name, rows in tables.items():
+            assert not set(rows) & set(tables_of_all.setdefault(name, {}))
+            tables_of_all[name].update(rows)
+    return tables_of_all

@@ -21,7 +21,7 @@ from dynamicemb import CheckpointError, DynamicEmbError, DynamicEmbEvictStrategy
 from dynamicemb.checkpoint.dcp import load, sized_state_dict
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.shard import get_score, sharded_rows, table_statistics
-from tests.checkpoint.models import OPTIMIZERS, Model, contents, model, train
+from tests.checkpoint.models import OPTIMIZERS, Model, contents, joined, model, train
 from tests.distributed import run_on_ranks
 from tests.oracle import owner
 from tests.shard.alone import alone, no_process_group
@@ -50,15 +50,6 @@ def _load(rank: int, world_size: int, folder: str) -> Any:
     return loaded
 
 
-def _joined(by_rank: list[dict[str, dict]]) -> dict[str, dict]:
-    joined: dict[str, dict] = {}
-    for tables in by_rank:
-        for name, rows in tables.items():
-            assert not set(rows) & set(joined.setdefault(name, {}))
-            joined[name].update(rows)
-    return joined
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("dcp")
@@ -77,8 +68,8 @@ def test_saved_at_any_number_of_ranks_and_loaded_at_any_other(
     for number, size in enumerate(SIZES):
         rows, statistics, scores = zip(*(result[number] for result in results), strict=True)
         _, expected_statistics, expected_scores = saved[size][0]
-        assert _joined(list(rows)) == _joined([result[0] for result in saved[size]])
-        assert len(_joined(list(rows))["t0"]) > 200
+        assert joined(list(rows)) == joined([result[0] for result in saved[size]])
+        assert len(joined(list(rows))["t0"]) > 200
         for name, statistic in statistics[0].items():
             other = expected_statistics[name]
             assert (statistic.size, statistic.hits, statistic.misses) == (other.size, other.hits, other.misses)
@@ -95,7 +86,7 @@ def test_the_checkpoint_does_not_depend_on_the_number_of_ranks(folder: Path, sav
             for name, entry in metadata.items()
             if name.startswith("model.embeddings.embeddings.t1.")
         }
-        rows = len(_joined([result[0] for result in saved[size]])["t1"])
+        rows = len(joined([result[0] for result in saved[size]])["t1"])
         assert metadata["model.embeddings.embeddings.t1.keys"].size == torch.Size([rows])
     start = "model.embeddings.embeddings.t1."
     assert entries[1] == {

@@ -11,7 +11,7 @@ import pytest
 from dynamicemb import DynamicEmbDump, DynamicEmbLoad, DynamicEmbWarning
 from dynamicemb.checkpoint.files.reader import StoredTable
 from dynamicemb.shard.tables import dynamic_tables
-from tests.checkpoint.models import contents, digests, model, train
+from tests.checkpoint.models import contents, digests, joined, model, train
 from tests.distributed import run_on_ranks
 from tests.oracle import TableModel, owner
 
@@ -53,24 +53,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dumped(folder: Path) -> dict[int, dict[str, dict]]:
-    return {size: _joined(run_on_ranks(size, _dump, str(folder))) for size in SIZES}
-
-
-def _joined(by_rank: list[dict[str, dict]]) -> dict[str, dict]:
-    """What all ranks hold together; no key on two of them."""
-    joined: dict[str, dict] = {}
-    for tables in by_rank:
-        for name, rows in tables.items():
-            assert not set(rows) & set(joined.setdefault(name, {}))
-            joined[name].update(rows)
-    return joined
+    return {size: joined(run_on_ranks(size, _dump, str(folder))) for size in SIZES}
 
 
 @pytest.mark.parametrize("world_size", SIZES)
 def test_every_row_once_on_its_owner(world_size: int, folder: Path, dumped: dict[int, dict[str, dict]]) -> None:
     results = run_on_ranks(world_size, _load, str(folder))
     for number, size in enumerate(SIZES):
-        assert _joined([loaded[number] for loaded, _ in results]) == dumped[size]
+        assert joined([loaded[number] for loaded, _ in results]) == dumped[size]
         written = digests(folder / f"from{size}")
         assert len(written) == 15
         assert digests(folder / f"from{size}to{world_size}") == written
@@ -99,7 +89,7 @@ def _smaller(rank: int, world_size: int, folder: str) -> Any:
 
 def test_a_smaller_capacity_keeps_the_highest_scores(folder: Path, dumped: dict[int, dict[str, dict]]) -> None:
     results = run_on_ranks(2, _smaller, str(folder))
-    kept = _joined([rows for rows, _ in results])
+    kept = joined([rows for rows, _ in results])
     total_left_out = {}
     for name, rows in dumped[2].items():
         bucket_capacity = 8 if name == "t2" else 16
