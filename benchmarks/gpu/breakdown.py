@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,13 +168,10 @@ def _measure(context: Context, size: Size, kind: OptimizerKind, deadline: float)
 def topic(context: Context) -> Topic:
     """One case for each optimizer."""
     size = DRY if context.dry else FULL
-    cases = []
-    for kind in OPTIMIZERS:
-
-        def run(deadline: float, kind: OptimizerKind = kind) -> Measured:
-            return _measure(context, size, kind, deadline)
-
-        cases.append(Case(NAMES[kind], run, 12, memory_bytes(size, kind)))
+    cases = [
+        Case(NAMES[kind], functools.partial(_measure, context, size, kind), 12, memory_bytes(size, kind))
+        for kind in OPTIMIZERS
+    ]
     return Topic(
         name="breakdown",
         title="Kernels of a step",

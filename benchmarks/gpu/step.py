@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from figures import Figure, Spread, Target
 from timing import Laps, ratio
 
@@ -111,13 +113,10 @@ def _measure(context: Context, size: Size, kind: OptimizerKind, deadline: float)
 def topic(context: Context) -> Topic:
     """One case for each optimizer."""
     size = DRY if context.dry else FULL
-    cases = []
-    for kind in OPTIMIZERS:
-
-        def run(deadline: float, kind: OptimizerKind = kind) -> Measured:
-            return _measure(context, size, kind, deadline)
-
-        cases.append(Case(NAMES[kind], run, 20, memory_bytes(size, kind)))
+    cases = [
+        Case(NAMES[kind], functools.partial(_measure, context, size, kind), 20, memory_bytes(size, kind))
+        for kind in OPTIMIZERS
+    ]
     return Topic(
         name="step",
         title="A training step of ten tables, beside fbgemm's static tables",
