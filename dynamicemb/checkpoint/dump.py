@@ -115,6 +115,7 @@ def write_checkpoint(staging: Staging, extracts: Sequence[Extract], optim: bool,
         with progress("dump", sum(job.own.survey.selected for job in jobs), shown=ranks.is_first) as report:
             written = ranks.together(lambda: [job.write(staging, report) for job in jobs])
         ranks.first(lambda: _complete(staging, jobs, written))
+        ranks.let_go()
     except BaseException:
         if ranks.is_first:
             staging.abandon()

@@ -67,6 +67,7 @@ def DynamicEmbLoad(  # noqa: N802 - the name that users of other implementations
     with ExitStack() as stack:
         jobs = ranks.locally(lambda: _open(stack, paths, tables, table_names, bool(optim), ranks))
         _Loading(jobs, ranks).run()
+        ranks.let_go()
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Union
+from typing import Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch import nn
 
 from dynamicemb.errors import ConfigError
 from dynamicemb.options import DynamicEmbEvictStrategy
+from dynamicemb.shard.gloo import let_go
 from dynamicemb.shard.tables import DynamicTable, dynamic_tables
 
 __all__ = ["TableStatistics", "get_score", "set_score", "table_statistics"]
@@ -51,18 +51,13 @@ def _tables(model: nn.Module) -> dict[str, DynamicTable]:
     return {table.name if uses[table.name] == 1 else f"{table.collection}.{table.name}": table for table in tables}
 
 
-#: gloo's thread lets go of what it has added up some time after the call has returned, for which it needs Python's
-#: lock. It aborts a process that ends before it gets it, as one may that prints its statistics last (torch 2.13).
-_LET_GO_SECONDS = 0.005
-
-
 def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
     """Statistics of every dynamic table of ``model`` by name. All ranks call it together; it waits for the device.
 
     A name that several collections use is prefixed with the path of the collection, here and in the functions below.
     """
     result: dict[str, TableStatistics] = {}
-    pause = 0.0
+    reduced: Optional[dist.ProcessGroup] = None
     for name, table in _tables(model).items():
         group, process_group = table.group, table.process_group
         counters, size = group.counters()[table.index], group.storage.geometries[table.index]
@@ -71,10 +66,10 @@ def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
         numbers = torch.tensor(sizes + events, device=group.device)
         if process_group is not None and process_group.size() > 1:
             dist.all_reduce(numbers, group=process_group)
-            pause = _LET_GO_SECONDS
+            reduced = process_group
         rows, capacity, slots, hits, misses, evicted, refused = numbers.tolist()
         result[name] = TableStatistics(rows, capacity, slots, rows / capacity, hits, misses, evicted, refused)
-    time.sleep(pause)
+    let_go(reduced)
     return result
 
 
