@@ -74,8 +74,8 @@ def sharded_model(name: str) -> Iterator[nn.Module]:
         yield model
     except DynamicEmbError as error:
         raise _failure(error) from None
-    if dist.is_initialized() and dist.get_backend() == "nccl":
-        dist.destroy_process_group()  # gloo's threads would be in the way of each other's end; see shard/gloo.py
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _failure(error: DynamicEmbError) -> Exception:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 __all__ = ["let_go"]
 
-_SECONDS = 0.005
+_SECONDS = 0.05
 
 
 def let_go(process_group: Optional[dist.ProcessGroup]) -> None:
