@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from dynamicemb import DynamicEmbEvictStrategy
 from dynamicemb.table import change_log
+from dynamicemb.table.filling import HostRows, TableFilling
 from dynamicemb.table.group import TableGroup
 from tests.oracle import mix64
 from tests.steady_state import META, Step, meta_memory, recorded
-from tests.table.groups import config, group_of, train
+from tests.table.groups import DIM, config, group_of, train
 
 LFU, LRU = DynamicEmbEvictStrategy.LFU, DynamicEmbEvictStrategy.LRU
 SEEDS = st.integers(0, 2**32)
@@ -153,6 +154,23 @@ def test_a_table_that_is_replaced_begins_anew() -> None:
     assert group.changes.survey(0, group.changes.touched(0, 1001, 0)).selected == 1
     assert group.changes.evicted(0, 1000).numel() == 1
     assert group.changes.evicted(0, 1001).numel() == 0
+
+
+@pytest.mark.parametrize("strategy", [LRU, LFU])
+def test_an_update_that_comes_after_a_load_is_a_change(strategy: DynamicEmbEvictStrategy) -> None:
+    """A backward pass whose lookup came before: the loaded row is another one than the checkpoint has."""
+    group = group_of(config(evict_strategy=strategy))
+    group.changes.begin()
+    rows, loaded = train(group, [1, 2]), torch.tensor([1])
+    filling = TableFilling(group, 0, rows=1)
+    filling.add(HostRows(loaded, loaded, torch.zeros(1, DIM), {}))
+    filling.finish()
+    group.restore(0, group.progress(0), filling.kept)
+    rows.backward(torch.ones_like(rows))
+    clock = int(group.clock[0])
+    changes = group.changes
+    assert changes.lag == 0
+    assert changes.survey(0, changes.touched(0, clock, changes.lag)).selected == 1
 
 
 def test_lookups_that_nobody_noted_are_noticed() -> None:

@@ -69,6 +69,25 @@ class TestGrowth:
         assert slots[-1] == 8064
         assert not group.storage.geometries[0].can_grow
 
+    def test_a_table_is_asked_for_its_size_only_when_it_could_be_too_full(self, monkeypatch):
+        """Repeated keys use up the bound of what the table may hold; what it really holds takes the bound's place."""
+        group = TableGroup([config(max_capacity=4096, init_capacity=1024)], 1, CPU)
+        asked, sizes = [], group._sizes
+        monkeypatch.setattr(group, "_sizes", lambda: asked.append(None) or sizes())
+        counts = []
+        for _ in range(14):
+            look_up(group, range(100))
+            counts.append(len(asked))
+        # 512 rows are the limit of 1024 slots: the sixth and the eleventh batch of 100 could pass it; 100 rows do not.
+        assert counts == [0] * 5 + [1] * 5 + [2] * 4
+
+    def test_a_table_that_was_restored_grows_in_time(self):
+        group = TableGroup([config(max_capacity=64, init_capacity=16)], 1, CPU)
+        look_up(group, range(8))
+        group.restore(0, group.progress(0), rows=8)
+        look_up(group, range(100, 104))
+        assert group.storage.geometries[0].slots == 32
+
     def test_growth_is_announced(self, caplog):
         _, group = self.tables()
         with caplog.at_level(logging.INFO, logger="dynamicemb"):
@@ -171,6 +190,14 @@ class TestTablesOfOneGroup:
         for table, group in enumerate(alone):
             assert rows_by_key(together, table) == rows_by_key(group)
         assert rows_by_key(together, 0)[1] == [-2.0] * DIM
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+    def test_each_reads_absent_keys_as_its_own_evaluation_value(self, order):
+        value = DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.CONSTANT, value=5.0)
+        pair = [config(name="zeros"), config(name="fives", eval_initializer=value)]
+        group = TableGroup([pair[place] for place in order], 1, CPU)
+        for table, place in enumerate(order):
+            assert look_up(group, [7], table, training=False).tolist() == [[(0.0, 5.0)[place]] * DIM]
 
     def test_a_changed_learning_rate_is_that_of_its_table(self):
         group = TableGroup([config(name="a"), config(name="b")], 1, CPU)
