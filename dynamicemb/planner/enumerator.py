@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Optional, Union
 
 from torch import nn
+from torchrec.distributed.planner.constants import BATCH_SIZE
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.types import ParameterConstraints, ShardEstimator, ShardingOption, Topology
-from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.types import ModuleSharder, ShardingPlanner
 
+from dynamicemb.errors import ConfigError
 from dynamicemb.planner.constraints import DYNAMIC_KERNEL, DYNAMIC_SHARDING_TYPE, dynamic_options
 from dynamicemb.planner.estimators import apply_probe, probe_for
 from dynamicemb.planner.tables import DynamicTable, dynamic_tables, table_sites
@@ -22,7 +25,7 @@ class DynamicEmbeddingEnumerator(EmbeddingEnumerator):
 
     Args:
         topology: the devices.
-        batch_size: samples of a rank's batch.
+        batch_size: samples of a rank's batch; if not given, TorchRec's default, as in its planner.
         constraints: by table name; :class:`~dynamicemb.planner.DynamicEmbParameterConstraints` make tables dynamic.
             Never modified.
         estimator: TorchRec's, one or a list; None: TorchRec's defaults. Dynamic tables are estimated through it too.
@@ -32,15 +35,15 @@ class DynamicEmbeddingEnumerator(EmbeddingEnumerator):
     def __init__(
         self,
         topology: Topology,
-        batch_size: int,
+        batch_size: Optional[int] = None,
         constraints: Optional[dict[str, ParameterConstraints]] = None,
         estimator: Optional[Union[ShardEstimator, list[ShardEstimator]]] = None,
         **torchrec_options: Any,
     ) -> None:
-        super().__init__(topology, batch_size, constraints, estimator, **torchrec_options)
+        super().__init__(topology, batch_size or BATCH_SIZE, constraints, estimator, **torchrec_options)
         self._topology = topology
         self._user_constraints = constraints
-        self._dynamic_names = frozenset(dynamic_options(constraints))
+        self._dynamic_names: frozenset[str] = frozenset()
         self._dynamic_tables: dict[tuple[str, str], DynamicTable] = {}
 
     @property
@@ -61,12 +64,23 @@ class DynamicEmbeddingEnumerator(EmbeddingEnumerator):
         """Options of every table that ``sharders`` take, with storage and perf.
 
         Raises:
-            ConfigError: see :func:`dynamicemb.planner.tables.dynamic_tables`.
+            ConfigError: see :func:`dynamicemb.planner.tables.dynamic_tables`; or dynamic tables, and the planner that
+                asks is torchrec's.
         """
+        self._dynamic_names = frozenset(dynamic_options(self._user_constraints))
+        self._refuse_torchrecs_planner(sys._getframe(1).f_locals.get("self"))
         self._dynamic_tables = dynamic_tables(
             table_sites(module, sharders), self._user_constraints, self._topology.world_size
         )
         return super().enumerate(module, sharders)
+
+    def _refuse_torchrecs_planner(self, caller: object) -> None:
+        """A planner that does not know dynamic tables would drop their options from the plan."""
+        if self._dynamic_names and isinstance(caller, ShardingPlanner) and not hasattr(caller, "plans_dynamic_tables"):
+            raise ConfigError(
+                f"DynamicEmbeddingEnumerator has the dynamic tables {sorted(self._dynamic_names)}, and its planner is "
+                f"of type {type(caller).__name__}; use dynamicemb.planner.DynamicEmbeddingShardingPlanner"
+            )
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
         """Fill in storage and perf of every shard of ``sharding_options``."""

@@ -68,6 +68,9 @@ class DynamicEmbeddingShardingPlanner(EmbeddingShardingPlanner):
         ConfigError: arguments that contradict each other, or a topology of GPUs on a machine without one.
     """
 
+    #: What :class:`DynamicEmbeddingEnumerator` asks of a planner: options of dynamic tables reach the plan.
+    plans_dynamic_tables = True
+
     def __init__(
         self,
         eb_configs: Optional[list[BaseEmbeddingConfig]] = None,
@@ -137,13 +140,34 @@ class DynamicEmbeddingShardingPlanner(EmbeddingShardingPlanner):
         sharders: Optional[list[ModuleSharder[nn.Module]]] = None,
         pg: Optional[dist.ProcessGroup] = None,
     ) -> ShardingPlan:
-        """:meth:`plan` on the first rank of ``pg`` (None: the default group); every rank gets the plan or the error."""
+        """:meth:`plan` on the first rank of ``pg`` (None: the default group); every rank gets the plan or the error.
+
+        Raises:
+            ConfigError: see :meth:`plan`; or the topology has another number of ranks than ``pg``. A whole part of
+                them is accepted: with 2D parallelism a plan is for the ranks of one replica.
+        """
         if pg is None:
-            assert dist.is_initialized(), "collective_plan needs a process group; use plan() in a single process"
+            if not dist.is_initialized():
+                raise ConfigError("collective_plan needs a process group; use plan() in a single process")
             pg = dist.group.WORLD
         assert pg is not None
         chosen = get_default_sharders() if sharders is None else sharders
-        return decide_on_first_rank(pg, lambda: self.plan(module, chosen))
+
+        def decide() -> ShardingPlan:
+            if dynamic_options(self._constraints):
+                _check_ranks(self._topology, pg)
+            return self.plan(module, chosen)
+
+        return decide_on_first_rank(pg, decide)
+
+
+def _check_ranks(topology: Topology, pg: dist.ProcessGroup) -> None:
+    if pg.size() % topology.world_size:
+        raise ConfigError(
+            f"the topology has world_size={topology.world_size}, and the process group has {pg.size()} ranks; a plan "
+            f"is carried out on as many ranks as it was made for: use Topology(world_size={pg.size()}, ...), or leave "
+            "topology out"
+        )
 
 
 def _checked_eb_configs(eb_configs: Optional[list[BaseEmbeddingConfig]]) -> list[BaseEmbeddingConfig]:
@@ -206,11 +230,18 @@ def _check_enumerator(
 
 
 def _with_dynamic_tables(plan: ShardingPlan, tables: Mapping[tuple[str, str], DynamicTable]) -> ShardingPlan:
+    for (path, name), table in tables.items():
+        if name not in plan.plan.get(path, {}):
+            raise ConfigError(
+                f"table '{table.name}' has use_dynamicemb=True, and torchrec's planner left it out; remove "
+                "device_group from its constraints, or let it be the device of the topology"
+            )
     for path, module_plan in plan.plan.items():
         assert isinstance(module_plan, EmbeddingModuleShardingPlan)
         for name, sharding in module_plan.items():
             if (path, name) in tables:
-                module_plan[name] = DynamicEmbParameterSharding.of(sharding, tables[path, name].options)
+                table = tables[path, name]
+                module_plan[name] = DynamicEmbParameterSharding.of(sharding, table.options, table.config)
     return plan
 
 

@@ -19,10 +19,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from dynamicemb.errors import DynamicEmbWarning
-from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding
+from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding, sharded_by_dynamicemb
 from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, without_samples
 from dynamicemb.shard.ids import with_integer_ids
 from dynamicemb.shard.lookup import DynamicLookup
+from dynamicemb.shard.plan_check import checked_plan
 from dynamicemb.shard.restore import restore_tables
 from dynamicemb.shard.route import DynamicShardingContext
 from dynamicemb.shard.sharded_rows import StagedShardedTensor
@@ -43,8 +44,14 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
     """
 
     def __init__(
-        self, module: Any, table_name_to_parameter_sharding: dict[str, ParameterSharding], *args: Any, **kwargs: Any
+        self,
+        module: Any,
+        table_name_to_parameter_sharding: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
+        table_name_to_parameter_sharding = checked_plan(module, table_name_to_parameter_sharding, env)
         self._dynamic_tables = [
             config.name
             for config in module.embedding_configs()
@@ -53,7 +60,7 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         self._describes_tables = False
         # torchrec's constructor loads the rows of the static tables that the module has, unless they are on `meta`.
         self._is_complete = False
-        super().__init__(module, table_name_to_parameter_sharding, *args, **kwargs)
+        super().__init__(module, table_name_to_parameter_sharding, env, *args, **kwargs)
         self._is_complete = True
 
     @property
@@ -73,7 +80,10 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         table_name_to_parameter_sharding: dict[str, ParameterSharding],
         fused_params: Optional[dict[str, Any]],
     ) -> dict[str, list[EmbeddingShardingInfo]]:
-        infos_by_type = super().create_grouped_sharding_infos(module, table_name_to_parameter_sharding, fused_params)
+        with sharded_by_dynamicemb():
+            infos_by_type = super().create_grouped_sharding_infos(
+                module, table_name_to_parameter_sharding, fused_params
+            )
         result: dict[str, list[EmbeddingShardingInfo]] = {}
         dynamic: list[EmbeddingShardingInfo] = []
         for sharding_type, infos in infos_by_type.items():
