@@ -15,6 +15,7 @@ from dynamicemb.errors import (
     DataError,
     DynamicEmbError,
     DynamicEmbWarning,
+    InstallationError,
     KeyTypeError,
     RemoteRankError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "DynamicEmbLoad",
     "DynamicEmbTableOptions",
     "DynamicEmbWarning",
+    "InstallationError",
     "KeyTypeError",
     "RemoteRankError",
     "__version__",

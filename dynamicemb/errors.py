@@ -13,6 +13,7 @@ __all__ = [
     "DataError",
     "DynamicEmbError",
     "DynamicEmbWarning",
+    "InstallationError",
     "KeyTypeError",
     "RemoteRankError",
 ]
@@ -24,6 +25,10 @@ class DynamicEmbError(Exception):
 
 class ConfigError(DynamicEmbError, ValueError):
     """An option, a constraint or a combination of them that cannot be honoured. Nothing has been allocated yet."""
+
+
+class InstallationError(DynamicEmbError, ImportError):
+    """What is installed does not fit together. The message names the versions and the command that mends it."""
 
 
 class KeyTypeError(DynamicEmbError, TypeError):

@@ -17,7 +17,7 @@ PACKAGE = "dynamicemb"
 # Lower layers first. Files of one layer may import each other, as long as there is no circle.
 LAYERS = (
     ("errors", "version"),
-    ("options",),
+    ("options", "installation"),
     ("kernels",),
     ("table",),
     ("planner", "shard", "checkpoint"),

@@ -18,7 +18,8 @@ QUICK_START, OPTIONS, CHECKPOINTS = re.findall(r"```python\n(.*?)```", README, r
 def _run(code: str, directory: Path, *launcher: str) -> str:
     script = directory / "from_readme.py"
     script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Port 0: any that is free, since other tests may run beside this one.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
     finished = subprocess.run(
         [sys.executable, *launcher, str(script)],
         env=environment,

@@ -5,6 +5,10 @@ Path of a table through the files: ``constraints`` (what the user says) -> ``tab
 ``planner`` (the plan, printed by ``stats``, agreed on by ``collective``) -> ``parameter_sharding`` (for the sharder).
 """
 
+from dynamicemb.installation import require_torchrec
+
+require_torchrec()  # before the first import of torchrec
+
 from dynamicemb.planner.constraints import DynamicEmbParameterConstraints
 from dynamicemb.planner.enumerator import DynamicEmbeddingEnumerator
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding
