@@ -16,7 +16,7 @@ ROOT = Path(dynamicemb.__file__).parent
 PACKAGE = "dynamicemb"
 # Lower layers first. Files of one layer may import each other, as long as there is no circle.
 LAYERS = (
-    ("errors", "version"),
+    ("errors", "names", "version"),
     ("options", "installation"),
     ("kernels",),
     ("table",),

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from rich import box
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 __all__ = [
+    "BAR_COLUMNS",
     "bar",
     "count",
     "fields",
@@ -86,13 +87,13 @@ def size(num_bytes: int) -> str:
     return decimal(num_bytes)
 
 
-def bar(share: float) -> str:
-    """A bar for ``share`` (0 to 1) of the full length, at least a sliver of it if there is anything."""
+def bar(share: float, columns: int = BAR_COLUMNS) -> str:
+    """A bar for ``share`` (0 to 1) of ``columns``, at least a sliver of it if there is anything."""
     if share <= 0:
         return ""
     if "utf" not in (sys.stdout.encoding or "").lower():
-        return "#" * max(1, round(share * BAR_COLUMNS))
-    eighths = max(1, round(share * BAR_COLUMNS * 8))
+        return "#" * max(1, round(share * columns))
+    eighths = max(1, round(share * columns * 8))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
@@ -110,7 +111,7 @@ def table(*columns: str) -> Table:
     return result
 
 
-def show(console: Console, shown: Table, title: Optional[str] = None) -> None:
+def show(console: Console, shown: Union[Table, Text], title: Optional[str] = None) -> None:
     """A table under its title, and an empty line."""
     if title is not None:
         console.print(f"  [bold]{title}[/bold]", soft_wrap=True)

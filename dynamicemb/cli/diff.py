@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynamicemb.cli.arguments import Json
+from dynamicemb.cli.arguments import Json, TableChoice, chosen_tables
+from dynamicemb.names import listed, natural_order
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["diff"]
 
+#: Names of tables that only one checkpoint has; ``--json`` has all of them.
+_SHOWN_TABLES = 40
 #: Keys of each kind in a table; ``--json`` has a few more.
 _SHOWN_KEYS = 3
 
@@ -24,9 +27,13 @@ _SHOWN_KEYS = 3
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a checkpoint.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.", show_default=False)],
+    tables: TableChoice = None,
     json: Json = False,
 ) -> None:
     """Compare two checkpoints: keys that only one has, rows that differ and by how much, settings that differ.
+
+    One line for each table that differs; which keys, by how much and which settings with [bold]--table[/bold], which
+    compares that table alone, or if there is only one.
 
     Ends with exit code 1 if anything differs. How many ranks wrote them makes no difference. Rows are the same if they
     are the same bit for bit. Reads every byte once, in bounded memory, and checks it.
@@ -38,11 +45,12 @@ def diff(
     from dynamicemb.cli.console import print_json, progress
 
     with Checkpoint(a) as first, Checkpoint(b) as second, progress("comparing") as move:
-        comparison = compare(first, second, move)
+        every = sorted({**first.tables, **second.tables}, key=lambda table: natural_order("/".join(table)))
+        comparison = compare(first, second, move, chosen_tables(every, tables, f"{a} and {b}"))
     if json:
         print_json(_document(a, b, comparison))
     else:
-        _show(comparison)
+        _show(comparison, in_full=bool(tables) or len(comparison.tables) == 1)
     if not comparison.equal:
         raise typer.Exit(1)
 
@@ -59,19 +67,46 @@ def _document(a: Path, b: Path, comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _show(comparison: Comparison) -> None:
+def _show(comparison: Comparison, in_full: bool) -> None:
     from dynamicemb.cli.console import screen, text
 
     console = screen()
     if comparison.kinds[0] != comparison.kinds[1]:
         console.print(f"A is a {comparison.kinds[0]} checkpoint, B a {comparison.kinds[1]} one")
     for name, tables in (("A", comparison.only_a), ("B", comparison.only_b)):
-        for collection, table in tables:
-            console.print(f"[bold]{text(table)}[/bold] in {text(collection)}: only in {name}", soft_wrap=True)
-    for compared in comparison.tables:
-        _show_table(console, compared)
+        for collection in dict.fromkeys(collection for collection, _ in tables):
+            own = [table for owner, table in tables if owner == collection]
+            number = f"{len(own):,} table{'s' * (len(own) != 1)} of {text(collection)}"
+            console.print(f"{number}: [red]only in {name}[/red]: {text(listed(own, _SHOWN_TABLES))}")
+    if in_full:
+        for compared in comparison.tables:
+            _show_table(console, compared)
+    else:
+        _show_lines(console, comparison.tables)
     if comparison.equal:
         console.print("[green]the same[/green]")
+
+
+def _show_lines(console: Console, tables: list[TableComparison]) -> None:
+    """One line for each table that differs, one for all that do not."""
+    from dynamicemb.cli.console import count, show, table, text
+
+    differing = [compared for compared in tables if not compared.equal]
+    if same := len(tables) - len(differing):
+        rows = sum(compared.common for compared in tables if compared.equal)
+        console.print(f"{count(same)} table{'s' * (same != 1)}: [green]the same[/green], {count(rows)} rows")
+    for collection in dict.fromkeys(compared.collection for compared in differing):
+        shown = table("<table", "in both", "rows differ", "only in A", "only in B", "settings")
+        for compared in differing:
+            if compared.collection == collection:
+                runs = (compared.only_a, compared.evicted_only_a), (compared.only_b, compared.evicted_only_b)
+                only = (count(sum(run.count for run in both)) for both in runs)
+                numbers = (count(compared.common), count(compared.changed.count), *only, str(len(compared.settings)))
+                shown.add_row(text(compared.table), *numbers)
+        console.print()
+        show(console, shown, f"{text(collection)}: [red]differs[/red]")
+    if differing:
+        console.print("[bold]--table NAME[/bold] shows one of them in full: keys, by how much, settings")
 
 
 def _show_table(console: Console, compared: TableComparison) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from dynamicemb.cli.arguments import CheckpointPath, Json
+from dynamicemb.cli.arguments import CheckpointPath, Json, TableChoice, chosen_tables
 
 if TYPE_CHECKING:
     from dynamicemb.checkpoint.files.reader import Checkpoint, StoredTable
@@ -21,22 +22,21 @@ Summaries = list[tuple["StoredTable", "TableSummary"]]
 
 def inspect(
     path: CheckpointPath,
-    tables: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--table", metavar="NAME", show_default=False, help="Only this table; may be repeated. Default: all."
-        ),
-    ] = None,
-    top: Annotated[int, typer.Option(min=0, help="Rows to show with the highest and with the lowest scores.")] = 5,
+    tables: TableChoice = None,
+    top: Annotated[
+        int, typer.Option(min=0, help="Rows with the highest and with the lowest scores of a table shown in full.")
+    ] = 5,
     plot: Annotated[
         Optional[Path],
         typer.Option(metavar="FILE.png", show_default=False, help="Also draw the histograms (needs matplotlib)."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show tables, rows, sizes, optimizers, histograms of scores and norms, and the rows at both ends of the scores.
+    """Show what is in a checkpoint: one line for each table, or all of one table with [bold]--table[/bold].
 
-    Reads every score and every row once, in bounded memory. Checks sizes only; [bold]verify[/bold] checks the rest.
+    All of a table: its optimizer, histograms of scores and of norms, and the rows at both ends of the scores. That, and
+    --plot and --json, read every score and every row once, in bounded memory; the lines come from the manifest alone. A
+    checkpoint of one table is shown in full. Checks sizes only; [bold]verify[/bold] checks the rest.
 
     [bold]Example:[/bold] dynamicemb inspect /data/checkpoint --table item --plot item.png
     """
@@ -49,15 +49,18 @@ def inspect(
 
         check_plot(plot)
     with Checkpoint(path) as checkpoint:
-        chosen = [checkpoint.table(name) for name in tables] if tables else list(checkpoint.tables.values())
-        with progress("inspecting") as move:
-            summaries = [(table, summarize(table, top, move)) for table in chosen]
+        chosen = [checkpoint.tables[name] for name in chosen_tables(checkpoint.tables, tables, str(path))]
+        in_full = bool(tables) or len(chosen) == 1
+        summaries: Summaries = []
+        if json or in_full or plot is not None:
+            with progress("inspecting") as move:
+                summaries = [(table, summarize(table, top, move)) for table in chosen]
         if plot is not None:  # before anything is printed: who reads that may stop when they have seen enough
             draw(summaries, plot)
         if json:
             print_json(_document(checkpoint, summaries))
         else:
-            _show(checkpoint, summaries)
+            _show(checkpoint, chosen, summaries if in_full else [])
 
 
 def _document(checkpoint: Checkpoint, summaries: Summaries) -> dict[str, Any]:
@@ -101,20 +104,24 @@ def _table_document(table: StoredTable, summary: TableSummary) -> dict[str, Any]
     }
 
 
-def _show(checkpoint: Checkpoint, summaries: Summaries) -> None:
+def _show(checkpoint: Checkpoint, chosen: Sequence[StoredTable], in_full: Summaries) -> None:
     from dynamicemb.cli.console import count, screen, size, text
-    from dynamicemb.cli.summary import show_collection, show_table
+    from dynamicemb.cli.overview import show_collection
+    from dynamicemb.cli.summary import show_table
 
     console = screen()
-    rows, num_bytes = (sum(table.rows for table, _ in summaries), sum(t.record.num_bytes for t, _ in summaries))
     manifest = checkpoint.manifest
+    rows, num_bytes = sum(table.rows for table in chosen), sum(table.record.num_bytes for table in chosen)
     console.print(f"[bold]{text(str(checkpoint.path))}[/bold]", soft_wrap=True)
     console.print(
-        f"{manifest.kind} checkpoint, {count(len(summaries))} table{'s' * (len(summaries) != 1)}, {count(rows)} rows, "
+        f"{manifest.kind} checkpoint, {count(len(chosen))} table{'s' * (len(chosen) != 1)}, {count(rows)} rows, "
         f"{size(num_bytes)}, written by dynamicemb {text(manifest.package_version)}"
     )
     console.print()
-    for collection in dict.fromkeys(stored.collection for stored, _ in summaries):
-        show_collection(console, collection, [stored for stored, _ in summaries if stored.collection == collection])
-    for stored, summary in summaries:
-        show_table(console, stored, summary)
+    if len(chosen) > 1:
+        for collection in dict.fromkeys(table.collection for table in chosen):
+            show_collection(console, collection, [table for table in chosen if table.collection == collection])
+    for table, summary in in_full:
+        show_table(console, table, summary)
+    if len(chosen) > 1 and not in_full:
+        console.print("[bold]--table NAME[/bold] shows one of them in full: histograms of scores and norms, and rows")

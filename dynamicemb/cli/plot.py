@@ -1,24 +1,33 @@
-"""``dynamicemb inspect --plot``: the histograms as a picture, two for each table."""
+"""``dynamicemb inspect --plot``: the histograms as a picture that fits a screen, whatever the number of tables."""
 
 from __future__ import annotations
 
-import itertools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 from dynamicemb.errors import ConfigError
 
 if TYPE_CHECKING:
     from dynamicemb.checkpoint.files.reader import StoredTable
-    from dynamicemb.checkpoint.inspection.summary import Histogram, TableSummary
+    from dynamicemb.checkpoint.inspection.summary import TableSummary
 
 __all__ = ["check_plot", "draw"]
 
-_ROW_INCHES, _WIDTH_INCHES = 2.6, 10.0
-#: Tables in one picture: more would be taller than image formats and viewers can take.
-_MAX_TABLES = 100
-_SCORE_COLOUR, _NORM_COLOUR, _INK = "#3b6fb6", "#c2702a", "#333333"
+Summaries = Sequence[tuple["StoredTable", "TableSummary"]]
+
+#: Tables one below the other, each with its axes.
+_MAX_LARGE = 4
+#: Tables in a grid of small pictures. With more of them, numbers on axes would be too small to read.
+_MAX_SMALL = 36
+_SMALL_COLUMNS = 4
+#: Inches of a place in the grid, of a line of places, and above them all.
+_PLACE_INCHES, _LINE_INCHES, _HEAD_INCHES = 3.5, 1.4, 0.35
+#: Characters of a title.
+_LARGE_TITLE, _SMALL_TITLE = 60, 26
+_DPI = 150
+_MEANINGS = {"lru": "clock of the last lookup", "lfu": "occurrences", "customized": "customized score"}
 
 
 def check_plot(path: Path) -> None:
@@ -38,69 +47,70 @@ def check_plot(path: Path) -> None:
         raise ConfigError(f"--plot {path}: there is no folder {path.absolute().parent}; make it first")
 
 
-def draw(summaries: Sequence[tuple[StoredTable, TableSummary]], path: Path) -> None:
-    """Draws scores (left) and norms (right) of every table that has rows, one table below the other.
-
-    Raises:
-        ConfigError: more tables than a picture can show.
-    """
-    from matplotlib.figure import Figure
+def draw(summaries: Summaries, path: Path) -> None:
+    """Draws scores and norms of every table that has rows: each with its histograms, or, if they are many, all of them
+    side by side in one picture. No picture is higher than about 2,000 pixels."""
+    from dynamicemb.cli.plot_histogram import INK
+    from dynamicemb.cli.plot_many import draw_many
 
     shown = [(table, summary) for table, summary in summaries if summary.scores is not None]
-    if len(shown) > _MAX_TABLES:
-        raise ConfigError(f"--plot: {len(shown)} tables, but a picture shows {_MAX_TABLES}; choose some with --table")
-    figure = Figure(figsize=(_WIDTH_INCHES, _ROW_INCHES * max(1, len(shown))), layout="constrained")
-    axes = figure.subplots(max(1, len(shown)), 2, squeeze=False)
+    kind = _large if len(shown) <= _MAX_LARGE else _small if len(shown) <= _MAX_SMALL else draw_many
+    figure = kind(shown)
+    if shown and (empty := len(summaries) - len(shown)):
+        note = f"{empty:,} table{'s' * (empty != 1)} without rows left out"
+        figure.suptitle(note, x=0.01, ha="left", fontsize=9, color=INK)
+    with warnings.catch_warnings():  # names in scripts that the font lacks are drawn as boxes, which shows by itself
+        warnings.filterwarnings("ignore", category=UserWarning, message="Glyph ")
+        figure.savefig(path, dpi=_DPI)
+
+
+def _large(shown: Summaries) -> Any:
+    """Scores left, norms right, one table below the other."""
+    from matplotlib.figure import Figure
+
+    from dynamicemb.cli.plot_histogram import INK, NORM_COLOUR, SCORE_COLOUR, draw_histogram, shortened
+
+    figure = Figure(figsize=(10.0, 0.3 + 2.7 * max(1, len(shown))), layout="constrained")
+    if not shown:
+        figure.text(0.5, 0.5, "no rows", ha="center", va="center", color=INK)
+        return figure
+    axes = figure.subplots(len(shown), 2, squeeze=False)
     for (left, right), (table, summary) in zip(axes, shown):
         assert summary.scores is not None and summary.norms is not None
-        left.set_title(f"{table.table} in {table.collection}", loc="left", fontweight="bold", color=_INK)
-        right.set_title(f"{table.rows:,} rows", loc="right", color=_INK)
-        meaning = {"lru": "clock of the last lookup", "lfu": "occurrences", "customized": "customized score"}
-        _draw(left, summary.scores.histogram, meaning[table.record.evict_strategy], _SCORE_COLOUR)
-        left.set_ylabel("rows", color=_INK)
-        _draw(right, summary.norms.histogram, "norm of a row", _NORM_COLOUR)
-    if not shown:
-        for axis in axes[0]:
-            axis.set_axis_off()
-        axes[0][0].set_title("no rows", loc="left")
-    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
+        name = shortened(f"{table.table} in {table.collection}", _LARGE_TITLE)
+        left.set_title(name, loc="left", fontweight="bold", color=INK)
+        right.set_title(f"{table.rows:,} rows", loc="right", color=INK)
+        draw_histogram(left, summary.scores.histogram, SCORE_COLOUR)
+        draw_histogram(right, summary.norms.histogram, NORM_COLOUR)
+        left.set_xlabel(_MEANINGS[table.record.evict_strategy], color=INK)
+        left.set_ylabel("rows", color=INK)
+        right.set_xlabel("norm of a row", color=INK)
+    return figure
 
 
-def _draw(axis: Any, histogram: Optional[Histogram], label: str, colour: str) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _small(shown: Summaries) -> Any:
+    """A grid: in each place a table, its scores left and its norms right."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    axis.set_xlabel(label, color=_INK)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(colors=_INK)
-    if histogram is None:
-        axis.text(0.5, 0.5, "none is finite", ha="center", va="center", transform=axis.transAxes)
-        return
-    edges = list(histogram.edges)
-    if edges[0] == edges[-1]:  # one number: a bar of some width around it
-        edges = [edges[0] - 0.5, edges[0] + 0.5]
-    if histogram.logarithmic:
-        _draw_by_factors(axis, histogram, colour)
-        return
-    if len(edges) > 2 and edges[-1] == edges[-2]:  # the last bin holds one whole number
-        edges[-1] += edges[-2] - edges[-3]
-    widths = [end - start for start, end in itertools.pairwise(edges)]
-    axis.bar(edges[:-1], histogram.counts, widths, align="edge", color=colour, alpha=0.85, edgecolor="white")
-    axis.margins(x=0.02)
-    axis.set_ylim(bottom=0)
-    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    if 1e3 <= max(map(abs, edges)) < 1e7:  # beyond, matplotlib's own way with powers of ten is shorter
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    from dynamicemb.cli.plot_histogram import INK, NORM_COLOUR, SCORE_COLOUR, draw_histogram, shortened
 
-
-def _draw_by_factors(axis: Any, histogram: Histogram, colour: str) -> None:
-    """Bins that grow by a factor, as bars of one width named by where they begin, on a logarithmic scale of rows."""
-    from matplotlib.ticker import EngFormatter
-
-    places = range(len(histogram.counts))
-    axis.bar(places, histogram.counts, width=1.0, edgecolor="white", color=colour, alpha=0.85)
-    axis.set_yscale("log")
-    axis.set_ylim(bottom=0.7)
-    short = EngFormatter(sep="")  # 16384 is 16.4k
-    names = [short.format_eng(float(f"{edge:.3g}")) for edge in histogram.edges[:-1]]
-    axis.set_xticks([place - 0.5 for place in places], names, rotation=45, ha="right", fontsize="small")
+    # Places are computed: matplotlib's own layouts take half a second for each of the axes.
+    lines = -(-len(shown) // _SMALL_COLUMNS)
+    height = _HEAD_INCHES + _LINE_INCHES * lines
+    figure = Figure(figsize=(_SMALL_COLUMNS * _PLACE_INCHES, height))
+    colours = ((SCORE_COLOUR, "rows by score"), (NORM_COLOUR, "rows by norm"))
+    handles = [Patch(color=colour, label=label, alpha=0.85) for colour, label in colours]
+    figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, fontsize=9, labelcolor=INK)
+    for place, (table, summary) in enumerate(shown):
+        assert summary.scores is not None and summary.norms is not None
+        line, column = divmod(place, _SMALL_COLUMNS)
+        top, left = height - _HEAD_INCHES - line * _LINE_INCHES, column / _SMALL_COLUMNS
+        title = f"{shortened(table.table, _SMALL_TITLE)}: {table.rows:,} rows"
+        style: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "color": INK}
+        figure.text(left + 0.008, (top - 0.03) / height, title, ha="left", va="top", **style)
+        bottom, tall = (top - _LINE_INCHES + 0.2) / height, (_LINE_INCHES - 0.45) / height
+        for half, histogram in enumerate((summary.scores.histogram, summary.norms.histogram)):
+            axis = figure.add_axes((left + 0.022 + half * 0.5 / _SMALL_COLUMNS, bottom, 0.1, tall))
+            draw_histogram(axis, histogram, (SCORE_COLOUR, NORM_COLOUR)[half], small=True)
+    return figure

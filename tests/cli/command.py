@@ -37,14 +37,14 @@ class Result:
         return json.loads(self.out, parse_constant=refuse)
 
 
-def dynamicemb(*arguments: object) -> Result:
-    """Runs the command in this process, on 80 columns."""
+def dynamicemb(*arguments: object, columns: int = 80) -> Result:
+    """Runs the command in this process, on a terminal of so many columns."""
     out, err = io.StringIO(), io.StringIO()
     argv = ["dynamicemb", *map(str, arguments)]
     code = 0
     with (
         mock.patch.object(sys, "argv", argv),
-        mock.patch.dict(os.environ, {"COLUMNS": "80"}),
+        mock.patch.dict(os.environ, {"COLUMNS": str(columns)}),
         mock.patch.object(warnings, "showwarning", warnings.showwarning),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),

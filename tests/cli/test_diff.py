@@ -169,3 +169,42 @@ def _scored(scores: dict[int, int]) -> Any:
     values = np.ones((len(keys), 8), np.float32)
     numbers = np.array([scores[key] for key in keys], np.int64)
     return record, {"keys": np.array(keys, np.int64), "values": values, "scores": numbers}
+
+
+def test_many_tables_take_a_line_each(tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(1, 27)]
+    tables = {name: table(rows=20, kind="sgd") for name in names}
+    a, b = write(tmp_path / "a", tables), write(tmp_path / "b", tables)
+    same = dynamicemb("diff", a, b)
+    assert (same.code, same.out) == (0, "26 tables: the same, 520 rows\nthe same\n")
+    changed = {name: table(rows=20, kind="sgd", seed=9 * (index >= 2)) for index, name in enumerate(names)}
+    b = write(tmp_path / "c", changed)
+    shown = dynamicemb("diff", a, b)
+    assert shown.code == 1 and len(shown.out.splitlines()) <= 40
+    assert max(map(len, shown.out.splitlines())) <= 80
+    listed = [line.split()[0] for line in shown.out.splitlines() if line.startswith("  c")]
+    assert listed == names[2:] and "2 tables: the same, 40 rows" in shown.out
+    one = dynamicemb("diff", a, b, "--table", "c10")
+    assert one.code == 1 and "c10 in model.embedding_module: differs" in one.out and "largest difference" in one.out
+    assert "c11" not in one.out
+    assert dynamicemb("diff", a, b, "--table", "c2").code == 0
+    document = dynamicemb("diff", a, b, "--json").document
+    assert [entry["table"] for entry in document["tables"]] == names
+    assert not document["equal"]
+    assert dynamicemb("diff", a, b, "--json", "--table", "c1").document["equal"]
+
+
+def test_tables_that_only_one_has_are_counted_and_named(tmp_path: Path) -> None:
+    made = table(rows=5, kind="sgd")
+    a = write(tmp_path / "a", {f"c{number}": made for number in range(1, 61)})
+    b = write(tmp_path / "b", {"c2": made, "only": made})
+    shown = dynamicemb("diff", a, b)
+    assert shown.code == 1 and len(shown.out.splitlines()) <= 10
+    assert "59 tables of model.embedding_module: only in A: c1, c3, c4, " in shown.out
+    assert "c40 and 20\nmore" in shown.out
+    assert "1 table of model.embedding_module: only in B: only" in shown.out
+    assert dynamicemb("diff", a, b, "--table", "c2").code == 0
+    alone = dynamicemb("diff", a, b, "--table", "only")
+    assert alone.code == 1 and "only in B" in alone.out and "only in A" not in alone.out
+    missing = dynamicemb("diff", a, b, "--table", "nope")
+    assert missing.code == 1 and missing.err.startswith("error: ") and missing.err.count("\n") == 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dynamicemb.checkpoint.files.manifest import TableRecord
 from dynamicemb.checkpoint.inspection import summary
 from tests.checkpoint.histories import History
 from tests.cli.checkpoints import Arrays, table, write
@@ -113,19 +115,78 @@ def test_rows_that_are_zero_or_not_finite(tmp_path: Path) -> None:
     assert "none is finite" in dynamicemb("inspect", path).out
 
 
-def test_what_the_screen_shows(tmp_path: Path) -> None:
-    path = write(tmp_path / "a", {"item": table(), "user": table(kind="sgd", dtype="float16", seed=1)})
+def named(count: int, rows: int = 20) -> dict[str, tuple[TableRecord, Arrays]]:
+    """Tables ``c1``, ``c2``, ...: files have them in the order of text, ``c10`` after ``c1``."""
+    made = [table(rows=rows, kind=("adam", "sgd")[number % 2], seed=number) for number in range(4)]
+    return {f"c{number}": made[number % 4] for number in range(1, count + 1)}
+
+
+def lines_of(out: str) -> list[str]:
+    """The first words of the lines that are about one table each."""
+    return [line.split()[0] for line in out.splitlines() if re.match(r"  c[0-9]+ ", line)]
+
+
+def test_what_the_screen_shows_of_one_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", {"item": table()})
     result = dynamicemb("inspect", path)
     assert result.code == 0 and result.err == ""
-    assert "full checkpoint, 2 tables, 600 rows" in result.out
-    for text in ("model.embedding_module", "item", "user", "float16", "adam", "learning_rate 0.001", "clock 5,000"):
+    assert "full checkpoint, 1 table, 300 rows" in result.out
+    for text in ("item in model.embedding_module", "300 of dim 8, float32", "adam, learning_rate 0.001", "clock 5,000"):
         assert text in result.out
     assert "\x1b" not in result.out
     assert max(map(len, result.out.splitlines()[1:])) <= 80
     key = int(table()[1]["keys"][table()[1]["scores"].argmax()])
     assert str(key) in result.out
-    only = dynamicemb("inspect", path, "--table", "user").out
-    assert "user in" in only and "item in" not in only
+    assert len(result.out.splitlines()) < 70
+
+
+def test_many_tables_fit_a_screen_in_the_order_in_which_people_count(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", named(26))
+    result = dynamicemb("inspect", path)
+    assert (result.code, result.err) == (0, "")
+    assert len(result.out.splitlines()) <= 40
+    assert max(map(len, result.out.splitlines()[1:])) <= 80
+    assert lines_of(result.out) == [f"c{number}" for number in range(1, 27)]
+    for text in ("26 tables, 520 rows", "all tables: dim 8, float32", "--table NAME", "adam", "sgd", "0.2%"):
+        assert text in result.out
+    assert "scores:" not in result.out
+    assert [entry["table"] for entry in inspected(path)["tables"]] == [f"c{number}" for number in range(1, 27)]
+    wide = dynamicemb("inspect", path, columns=200).out
+    assert lines_of(wide) == lines_of(result.out) and len(wide.splitlines()) <= len(result.out.splitlines())
+
+
+def test_the_tables_that_are_asked_for_are_shown_in_full(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", {**named(11), "c*": table(seed=9)})
+    only = dynamicemb("inspect", path, "--table", "c7").out
+    assert "c7 in" in only and "c1 in" not in only and "norms of rows" in only
+    both = dynamicemb("inspect", path, "--table", "c10", "--table", "model.embedding_module/c2", "--table", "c10").out
+    assert lines_of(both) == ["c10", "c2"] and both.count("scores: ") == 2
+    # A name that a table has is no pattern.
+    assert [entry["table"] for entry in inspected(path, "--table", "c*")["tables"]] == ["c*"]
+    found = inspected(path, "--table", "c1?", "--table", "*/c3")["tables"]
+    assert [entry["table"] for entry in found] == ["c10", "c11", "c3"]
+    for name in ("nope", "nope*"):
+        result = dynamicemb("inspect", path, "--table", name)
+        assert (result.code, result.out) == (1, "")
+        assert f"no table is called '{name}'; the tables are model.embedding_module/c1, " in result.err
+
+
+def test_a_table_that_does_not_exist_among_many(tmp_path: Path) -> None:
+    path = write(tmp_path / "a", named(60, rows=0))
+    for arguments in (("get", path, "c61", "1"), ("inspect", path, "--table", "c61")):
+        result = dynamicemb(*arguments)
+        assert result.code == 1 and len(result.err) < 700
+        assert "model.embedding_module/c2, model.embedding_module/c3, " in result.err
+        assert result.err.endswith(" and 49 more\n")
+
+
+def test_long_names_are_shown_in_full_and_leave_room_for_numbers(tmp_path: Path) -> None:
+    name = "a_long_name_" * 8
+    path = write(tmp_path / "a", {name: table(), "user": table(kind="sgd", seed=1)})
+    out = dynamicemb("inspect", path).out
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    assert name in re.sub(r"[^a-z_]", "", re.sub(" [0-9,.]+ .*", "", out[out.index("a_long") :]))
+    assert "300" in out and "user" in out
 
 
 def test_empty_tables_and_deltas(tmp_path: Path) -> None:
@@ -140,19 +201,38 @@ def test_empty_tables_and_deltas(tmp_path: Path) -> None:
     assert "since clock 2: 1 rows, 1 keys gone; table of 2 rows" in result.out
 
 
+def pictured(path: Path, picture: Path, *arguments: object) -> tuple[int, int]:
+    """Width and height of the picture, which has something on it."""
+    from PIL import Image
+
+    result = dynamicemb("inspect", path, "--plot", picture, *arguments)
+    assert (result.code, result.err) == (0, "")
+    with Image.open(picture) as opened:
+        assert opened.format == "PNG"
+        assert sum(count > 0 for count in opened.convert("L").histogram()) > 5
+        return opened.size
+
+
 @pytest.mark.parametrize("rows", [0, 1, 300])
 def test_a_picture(tmp_path: Path, rows: int) -> None:
     pytest.importorskip("matplotlib")
-    from PIL import Image
-
     record, arrays = table(rows=rows)
     skewed, other = table(strategy="lfu", kind="sgd")
     other["scores"][:] = np.arange(300) ** 4
-    path = write(tmp_path / "a", {"item": (record, arrays), "user": (skewed, other)})
-    assert dynamicemb("inspect", path, "--plot", tmp_path / "a.png", "--json").document["rows"] == rows + 300
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.format == "PNG" and min(picture.size) > 300
-        assert sum(count > 0 for count in picture.convert("L").histogram()) > 5
+    path = write(tmp_path / "a", {"item": (record, arrays), "user $1": (skewed, other)})
+    assert min(pictured(path, tmp_path / "a.png")) > 300
+    assert min(pictured(path, tmp_path / "b.png", "--table", "item")) > 300
+
+
+@pytest.mark.parametrize("count", [4, 36, 130])
+def test_a_picture_of_many_tables_can_be_looked_at(tmp_path: Path, count: int) -> None:
+    pytest.importorskip("matplotlib")
+    tables = named(count)
+    broken, arrays = table(rows=20, kind="sgd", seed=9)
+    arrays["values"][:10], arrays["values"][10:] = np.nan, 1e30
+    tables["c2"], tables["\u8868" * 40], tables["c3"] = (broken, arrays), tables["c3"], table(rows=0)
+    width, height = pictured(write(tmp_path / "a", tables), tmp_path / "a.png")
+    assert 1000 <= width <= 2200 and 1000 <= height <= 2000
 
 
 @pytest.mark.parametrize("name", ["missing/a.png", "a.text"])

@@ -14,6 +14,7 @@ from dynamicemb.checkpoint.files.crc import num_segments
 from dynamicemb.checkpoint.files.entry import Entry, hexadecimal
 from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, Part, TableSchema
 from dynamicemb.errors import CheckpointError
+from dynamicemb.names import natural_order
 
 __all__ = [
     "FORMAT",
@@ -266,7 +267,7 @@ class Manifest:
 
     Attributes:
         kind: ``full``, or ``delta`` for changes since an earlier checkpoint.
-        tables: by collection path and table name.
+        tables: by collection path and table name; as read, both in natural order (``c1``, ``c2``, ``c10``).
         package_version: of dynamicemb, when it was written.
     """
 
@@ -336,11 +337,11 @@ def read_manifest(folder: Path) -> Manifest:
     kind = entry.one_of("kind", ("full", "delta"))
     tables: dict[str, dict[str, TableRecord]] = {}
     collections = entry.mapping("collections")
-    for collection in collections.names():
+    for collection in sorted(collections.names(), key=natural_order):
         collections.check_name(collection)
         by_table = collections.mapping(collection)
         tables[collection] = {}
-        for table in by_table.names():
+        for table in sorted(by_table.names(), key=natural_order):
             by_table.check_name(table)
             record = TableRecord.from_json(by_table.mapping(table), table)
             if (record.since is None) != (kind == "full"):

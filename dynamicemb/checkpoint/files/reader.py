@@ -16,8 +16,9 @@ from dynamicemb.checkpoint.files.manifest import Manifest, TableRecord, file_nam
 from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, KEYS, Part, Rows, mixed_keys
 from dynamicemb.checkpoint.files.staging import finished
 from dynamicemb.errors import CheckpointError
+from dynamicemb.names import listed
 
-__all__ = ["Checkpoint", "Piece", "Problem", "Scan", "StoredTable"]
+__all__ = ["Checkpoint", "Piece", "Problem", "Scan", "StoredTable", "named"]
 
 #: Bytes that one piece of a table takes in memory.
 PIECE_BYTES = 16 << 20
@@ -248,9 +249,21 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such table, or there are several.
         """
-        found = [table for (collection, own), table in self.tables.items() if name in (own, f"{collection}/{own}")]
-        if len(found) == 1:
-            return found[0]
-        known = ", ".join(f"{collection}/{own}" for collection, own in self.tables)
-        number = "several tables are" if found else "no table is"
-        raise CheckpointError(f"{self.path}: {number} called {name!r}; the tables are {known}")
+        return self.tables[named(self.tables, name, str(self.path))]
+
+
+def named(tables: Iterable[tuple[str, str]], name: str, where: str) -> tuple[str, str]:
+    """Which of ``tables``, (collection, name), is called ``name``; ``where`` they are is for the error.
+
+    Raises:
+        CheckpointError: there is no such table, or there are several.
+    """
+    paths = {table: "/".join(table) for table in tables}
+    found = [table for table, path in paths.items() if name in (table[1], path)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{where}: {len(found)} tables are called {name!r}; name one of {listed(paths[table] for table in found)}"
+        )
+    raise CheckpointError(f"{where}: no table is called {name!r}; the tables are {listed(paths.values())}")

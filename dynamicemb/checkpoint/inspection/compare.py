@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -148,22 +148,28 @@ def _cut(piece: Piece, first: int, stop: Optional[int] = None) -> Piece:
     return Piece(piece.rows[first:stop], piece.mixed[first:stop])
 
 
-def compare(a: Checkpoint, b: Checkpoint, progress: Optional[Progress] = None) -> Comparison:
-    """Compares every table of two checkpoints, in bounded memory, reading each file once.
+def compare(
+    a: Checkpoint,
+    b: Checkpoint,
+    progress: Optional[Progress] = None,
+    tables: Optional[Collection[tuple[str, str]]] = None,
+) -> Comparison:
+    """Compares tables of two checkpoints, in bounded memory, reading each file once.
 
     Args:
         a, b: the checkpoints, both full or both deltas for a meaningful result.
         progress: called with (table, rows read, rows in both).
+        tables: (collection, table) of those to compare; all of both without it.
 
     Raises:
         CheckpointError: a file is damaged.
     """
-    shared = [name for name in a.tables if name in b.tables]
+    of_a, of_b = ([name for name in one.tables if tables is None or name in tables] for one in (a, b))
     return Comparison(
         kinds=(a.manifest.kind, b.manifest.kind),
-        only_a=[name for name in a.tables if name not in b.tables],
-        only_b=[name for name in b.tables if name not in a.tables],
-        tables=[compare_tables(a.tables[name], b.tables[name], progress) for name in shared],
+        only_a=[name for name in of_a if name not in b.tables],
+        only_b=[name for name in of_b if name not in a.tables],
+        tables=[compare_tables(a.tables[name], b.tables[name], progress) for name in of_a if name in b.tables],
     )
 
 
