@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 import torch
@@ -27,13 +25,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, StorageReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from dynamicemb.checkpoint.dcp_tables import SavedRows, refuse_dynamic_for_static, saved_rows
 from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.errors import CheckpointError
 from dynamicemb.kernels.hashing import owners
 from dynamicemb.shard.sharded_rows import sharded_rows
-from dynamicemb.shard.state_dict import KEYS, WEIGHT, EntryDescription, row_entries
+from dynamicemb.shard.state_dict import CONFIG_ENTRY, KEYS, EntryDescription
 from dynamicemb.shard.tables import dynamic_collections
 
 __all__ = ["load", "sized_state_dict"]
@@ -60,13 +58,15 @@ def load(
         checkpoint_id: of the checkpoint, as for ``torch.distributed.checkpoint.load``; a folder.
         prefix: where the state dict of the model is in the checkpoint: ``"model."`` if
             ``{"model": model.state_dict()}`` was saved.
-        strict: False leaves alone what the checkpoint does not have, whole dynamic tables included.
+        strict: False leaves alone what the checkpoint does not have, whole dynamic tables included; where it has keys
+            and rows of a table, but not all that belongs to them, that starts fresh, with a warning.
         storage_reader: in place of files in the folder ``checkpoint_id``.
         process_group: ranks that load; None: all.
 
     Raises:
-        CheckpointError: a table is missing, is a static one in the checkpoint, or has another dim, dtype or optimizer;
-            or its rows are not what they should be. No dynamic table has changed.
+        CheckpointError: a table is missing, is a static one in the checkpoint but dynamic in the model or the other way
+            round, or has another dim, dtype, eviction strategy or optimizer; or its rows are not what they should be.
+            No dynamic table has changed.
         RemoteRankError: that happened on another rank.
     """
     reader = _reader(checkpoint_id, storage_reader)
@@ -93,21 +93,29 @@ def sized_state_dict(
     reader = _reader(checkpoint_id, storage_reader)
     state = _described_state_dict(model)
     ranks = Ranks(process_group or _all_ranks())
-    tables: list[_Table] = []
+    tables: list[SavedRows] = []
     known: set[str] = set()
 
     def read_metadata() -> None:
         metadata = reader.read_metadata()
         known.update(metadata.state_dict_metadata)
-        tables.extend(_tables(metadata, state, prefix, strict))
+        refuse_dynamic_for_static(state, known, prefix)
+        tables.extend(saved_rows(metadata, state, prefix, strict))
 
     ranks.together(read_metadata)
     if not strict:
         state = {name: value for name, value in state.items() if prefix + name in known}
-    counts = _counts_by_owner(tables, prefix, reader, process_group)
+    configs = _configs(tables, reader, process_group)
+
+    def check_fit_of_all() -> None:
+        for table in tables:
+            table.check_fit(configs[table.start], strict)
+
+    ranks.together(check_fit_of_all)
+    counts = _counts_by_owner(tables, reader, process_group)
     for table in tables:
         state |= table.empty(counts[table.start])
-    return state
+    return {name: value for name, value in state.items() if not isinstance(value, EntryDescription)}
 
 
 def _all_ranks() -> Optional[dist.ProcessGroup]:
@@ -131,114 +139,37 @@ def _described_state_dict(model: nn.Module) -> dict[str, Any]:
         return dict(model.state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------- tables
-
-
-@dataclass(frozen=True)
-class _Table:
-    """A table of the model and of the checkpoint.
-
-    Attributes:
-        start: what the names of its entries begin with, in the state dict of the model.
-        description: of one of its entries.
-        rows: in the checkpoint.
-        lengths: of the entries that are not rows.
-    """
-
-    start: str
-    description: EntryDescription
-    rows: int
-    lengths: dict[str, tuple[int, torch.dtype]]
-
-    @property
-    def process_group(self) -> Optional[dist.ProcessGroup]:
-        return self.description.process_group
-
-    def empty(self, counts: list[int]) -> dict[str, Any]:
-        """All entries, undefined, with ``counts`` rows on each rank."""
-        pg = self.process_group
-        own = counts[0 if pg is None else pg.rank()]
-        layout = self.description.table.layout
-        state: dict[str, Any] = {
-            self.start + entry.name: sharded_rows(entry.empty(own), counts, pg) for entry in row_entries(layout)
-        }
-        for name, (length, dtype) in self.lengths.items():
-            state[self.start + name] = torch.empty(length, dtype=dtype)
-        return state
-
-
-def _tables(metadata: Metadata, state: Mapping[str, Any], prefix: str, strict: bool) -> list[_Table]:
-    """What the checkpoint has of each dynamic table, found to be what the model can take."""
-    descriptions: dict[str, dict[str, EntryDescription]] = {}
-    for name, value in state.items():
-        if isinstance(value, EntryDescription):
-            descriptions.setdefault(name.removesuffix(value.name), {})[value.name] = value
-    tables = []
-    for start, entries in descriptions.items():
-        found = {
-            name.removeprefix(prefix + start): entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if name.startswith(prefix + start)
-        }
-        if found or strict:
-            tables.append(_table(start, entries, found, prefix))
-    return tables
-
-
-def _table(start: str, entries: Mapping[str, EntryDescription], found: Mapping[str, Any], prefix: str) -> _Table:
-    description = next(iter(entries.values()))
-    where = f"table '{description.table.name}' ({prefix}{start}* in the checkpoint)"
-    if set(found) == {WEIGHT}:
-        raise CheckpointError(
-            f"{where}: a static table, whose rows belong to positions; load its state dict with "
-            "dynamicemb.checkpoint.static.load_static"
-        )
-    if not found:
-        raise CheckpointError(
-            f"{where}: not in the checkpoint; if the model was saved as one of several objects, say so with prefix, "
-            "as in prefix='model.'; strict=False leaves tables that are missing as they are"
-        )
-    if set(found) != set(entries):
-        raise CheckpointError(
-            f"{where}: the checkpoint has {sorted(found)}, the model {sorted(entries)}; "
-            "give the table the optimizer that it was saved with"
-        )
-    for name, entry in found.items():
-        if not isinstance(entry, TensorStorageMetadata) or not entry.size:
-            raise CheckpointError(f"{where}: entry '{name}' is no tensor; the checkpoint is a foreign or damaged one")
-    rows = found[KEYS].size[0]
-    numbers = dict(found)
-    for row_entry in row_entries(description.table.layout):
-        entry = numbers.pop(row_entry.name)
-        if tuple(entry.size) != (rows, *row_entry.row_shape) or entry.properties.dtype != row_entry.dtype:
-            raise CheckpointError(
-                f"{where}: entry '{row_entry.name}' is {entry.properties.dtype} {list(entry.size)}, the model needs "
-                f"{row_entry.dtype} {[rows, *row_entry.row_shape]}; give the table the dim, dtype and optimizer that "
-                "it was saved with"
-            )
-    return _Table(
-        start, description, rows, {name: (entry.size[0], entry.properties.dtype) for name, entry in numbers.items()}
-    )
-
-
 # ---------------------------------------------------------------------------------------------------- owners
 
 
+def _configs(
+    tables: list[SavedRows], reader: StorageReader, process_group: Optional[dist.ProcessGroup]
+) -> dict[str, Optional[torch.Tensor]]:
+    """The entry ``config`` of each table, by the table's start; None: the checkpoint is of an earlier version."""
+    configs: dict[str, Optional[torch.Tensor]] = {}
+    for table in tables:
+        saved = table.found.get(CONFIG_ENTRY)
+        configs[table.start] = None if saved is None else torch.empty(saved.size, dtype=saved.properties.dtype)
+    asked = {table.name(CONFIG_ENTRY): configs[table.start] for table in tables if configs[table.start] is not None}
+    if asked:
+        dcp.load(asked, storage_reader=reader, process_group=process_group)
+    return configs
+
+
 def _counts_by_owner(
-    tables: list[_Table], prefix: str, reader: StorageReader, process_group: Optional[dist.ProcessGroup]
+    tables: list[SavedRows], reader: StorageReader, process_group: Optional[dist.ProcessGroup]
 ) -> dict[str, list[int]]:
     """Rows of each table that belong to each rank, by the table's start. Keys are read, each by one rank.
 
     Rows are in the order of the mixed key, so the owner's ranges follow from their sizes.
     """
-    names = {table.start: prefix + table.start + KEYS for table in tables}
     keys, asked = {}, {}
     for table in tables:
         ranks = Ranks(table.process_group)
         edges = [table.rows * rank // ranks.size for rank in range(ranks.size + 1)]
         counts = [stop - first for first, stop in itertools.pairwise(edges)]
         keys[table.start] = torch.empty(counts[ranks.rank], dtype=torch.int64)
-        asked[names[table.start]] = sharded_rows(keys[table.start], counts, table.process_group)
+        asked[table.name(KEYS)] = sharded_rows(keys[table.start], counts, table.process_group)
     if asked:
         dcp.load(asked, storage_reader=reader, process_group=process_group)
     result = {}

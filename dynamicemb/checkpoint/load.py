@@ -20,10 +20,11 @@ from dynamicemb.checkpoint.files.reader import Checkpoint
 from dynamicemb.checkpoint.passes import FullTable, Pass, Spans, TableSource, problems_of, read_ahead
 from dynamicemb.checkpoint.progress import Reporter, progress
 from dynamicemb.checkpoint.ranks import Ranks
-from dynamicemb.checkpoint.selection import TableNames, progress_of, schema_of, selected_tables, shared_group
+from dynamicemb.checkpoint.selection import TableNames, progress_of, selected_tables, shared_group
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 from dynamicemb.kernels.hashing import owner_range
 from dynamicemb.shard.tables import DynamicTable
+from dynamicemb.table.compatibility import SavedTable, check_fit
 from dynamicemb.table.filling import TableFilling
 
 __all__ = ["DynamicEmbLoad"]
@@ -118,30 +119,21 @@ def _source(checkpoints: list[Checkpoint], table: DynamicTable) -> TableSource:
 
 def _check_fit(checkpoint: Checkpoint, table: DynamicTable, record: TableRecord, optim: bool) -> None:
     """Raises unless rows of ``record`` can be rows of ``table``."""
-    where = f"{checkpoint.path}: table '{table.name}'"
-    own, config = schema_of(table, optim=False), table.group.configs[table.index]
-    for what, found, expected in (
-        ("dim", record.schema.dim, own.dim),
-        ("dtype", record.schema.dtype, own.dtype),
-        ("evict_strategy", record.evict_strategy, config.evict_strategy.value),
-    ):
-        if found != expected:
-            raise CheckpointError(f"{where} has {what} {found}, but the model's has {expected}; give the model {found}")
-    if not optim:
-        return
-    kind, states = config.optimizer.kind.name.lower(), schema_of(table, optim=True).states
-    if not record.optimizer.saved:
+    where, saved = f"{checkpoint.path}: table '{table.name}'", record.optimizer.saved
+    check_fit(
+        where,
+        SavedTable(
+            dim=record.schema.dim,
+            dtype=record.schema.dtype,
+            evict_strategy=record.evict_strategy,
+            optimizer=record.optimizer.kind if optim and saved else None,
+            states=dict(record.schema.states) if optim and saved else None,
+        ),
+        table.group.configs[table.index],
+        without_optimizer="load it with optim=False",
+    )
+    if optim and not saved:
         raise CheckpointError(f"{where} was saved without optimizer state; load it with optim=False")
-    if record.optimizer.kind != kind:
-        raise CheckpointError(
-            f"{where} has the optimizer {record.optimizer.kind}, but the model's has {kind}; "
-            "load it with optim=False, or give the model that optimizer"
-        )
-    if record.schema.states != states:
-        raise CheckpointError(
-            f"{where} has the optimizer states {dict(record.schema.states)}, but {kind} has {dict(states)}; "
-            "the manifest is damaged: restore it from a copy"
-        )
 
 
 class _Loading:

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 from dynamicemb.checkpoint.files.manifest import Counters, OptimizerRecord, Placement, TableRecord
-from dynamicemb.checkpoint.files.schema import TableSchema, dtype_name
+from dynamicemb.checkpoint.files.schema import TableSchema
 from dynamicemb.errors import ConfigError
 from dynamicemb.shard.tables import DynamicTable, dynamic_tables
+from dynamicemb.table.compatibility import dtype_name, optimizer_name
 from dynamicemb.table.group import TableProgress
 from dynamicemb.table.optimizers import HYPERPARAMETERS
 
@@ -90,7 +91,7 @@ def record_of(table: DynamicTable, optim: bool, progress: Sequence[TableProgress
         rows=0,
         parts={},
         optimizer=OptimizerRecord(
-            kind=config.optimizer.kind.name.lower(),
+            kind=optimizer_name(config),
             saved=optim,
             steps=first.steps,
             hyperparameters=dict(zip(HYPERPARAMETERS, first.hyperparameters, strict=True)),

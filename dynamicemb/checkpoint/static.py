@@ -19,6 +19,7 @@ from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.checkpoint.selection import selected_tables
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 from dynamicemb.kernels.hashing import mix64, owners, sortable
+from dynamicemb.shard.state_dict import WEIGHT, is_dynamic
 from dynamicemb.shard.tables import DynamicTable
 from dynamicemb.table.filling import HostRows, TableFilling
 
@@ -47,7 +48,7 @@ def load_static(
 
     Raises:
         ConfigError: the model has no such dynamic tables.
-        CheckpointError: rows of a table are missing, or of another dim. No table has changed.
+        CheckpointError: rows of a table are missing, of another dim, or those of a dynamic table. No table has changed.
         RemoteRankError: that happened on another rank.
     """
     tables = selected_tables(model, table_names)
@@ -148,6 +149,11 @@ class _Source:
 
         def describe() -> tuple[tuple[int, ...], list[_Block]]:
             key = _key(table, state_dict)
+            if is_dynamic(state_dict, key.removesuffix(WEIGHT)):
+                raise CheckpointError(
+                    f"table '{table.name}': the rows of '{key}' are those of a dynamic table, in the order of their "
+                    "hash; load them with model.load_state_dict"
+                )
             try:
                 size, shards = _shards(state_dict[key])
             except CheckpointError as error:

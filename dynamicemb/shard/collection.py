@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Optional
 
@@ -24,11 +24,11 @@ from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, wi
 from dynamicemb.shard.ids import with_integer_ids
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.plan_check import checked_plan
-from dynamicemb.shard.restore import restore_tables
+from dynamicemb.shard.restore import exchanged_table, restore_tables, take_entries
 from dynamicemb.shard.route import DynamicShardingContext
 from dynamicemb.shard.sharded_rows import StagedShardedTensor
 from dynamicemb.shard.sharding import DYNAMIC_ROW_WISE, DynamicSequenceSharding
-from dynamicemb.shard.state_dict import WEIGHT, described_entries, entry_names, name_entries, table_slots, table_states
+from dynamicemb.shard.state_dict import described_entries, name_entries, table_slots, table_states
 from dynamicemb.shard.static_dedup import dedup_static
 
 __all__ = ["ShardedDynamicEmbeddingCollection"]
@@ -57,7 +57,10 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
             for config in module.embedding_configs()
             if isinstance(table_name_to_parameter_sharding.get(config.name), DynamicEmbParameterSharding)
         ]
-        self._describes_tables = False
+        self._static_tables = [
+            config.name for config in module.embedding_configs() if config.name not in self._dynamic_tables
+        ]
+        self._describes_tables = self._loads_strictly = False
         # torchrec's constructor loads the rows of the static tables that the module has, unless they are on `meta`.
         self._is_complete = False
         super().__init__(module, table_name_to_parameter_sharding, env, *args, **kwargs)
@@ -171,9 +174,23 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         if self.dynamic_lookup is not None:
             for table in table_slots(self.dynamic_lookup):
                 name_entries(self.embeddings[table.name], table.layout)
-        if self._dynamic_tables and not options.get("skip_registering", False):
-            self._register_state_dict_hook(self._add_dynamic_tables)
+        if not options.get("skip_registering", False):
+            if self._dynamic_tables:
+                self._register_state_dict_hook(self._add_dynamic_tables)
             self._register_load_state_dict_pre_hook(self._load_dynamic_tables, with_module=True)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's. If entries of a dynamic table are missing and ``strict`` is True, no dynamic table changes.
+
+        ``DistributedModelParallel`` calls this; ``load_state_dict`` of a module that contains the collection does not,
+        and torch does not tell the modules inside whether they are loaded strictly: dynamic tables of which rows are
+        there are loaded then, before torch raises.
+        """
+        self._loads_strictly = strict
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        finally:
+            self._loads_strictly = False
 
     @contextmanager
     def described_tables(self) -> Iterator[None]:
@@ -201,6 +218,17 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
             destination.update({f"{prefix}embeddings.{table}.{name}": value for name, value in entries.items()})
 
     @staticmethod
+    def _pre_load_state_dict_hook(self: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """torchrec's, which raises a KeyError where a static table is missing; torch is to report that."""
+        assert isinstance(self, ShardedDynamicEmbeddingCollection)
+        keys = [f"{prefix}embeddings.{table}.weight" for table in self._static_tables]
+        missing = [key for key in keys if key not in state_dict]
+        state_dict.update((key, torch.empty(0, 0)) for key in missing)
+        ShardedEmbeddingCollection._pre_load_state_dict_hook(self, state_dict, prefix, *args)
+        for key in missing:
+            del state_dict[key]
+
+    @staticmethod
     def _load_dynamic_tables(
         self: nn.Module,
         state_dict: dict[str, Any],
@@ -210,30 +238,27 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         missing_keys: list[str],
         *args: Any,
     ) -> None:
-        """Restores the tables whose entries are all there, and reports what is missing of the others."""
-        assert isinstance(self, ShardedDynamicEmbeddingCollection) and self.dynamic_lookup is not None
-        states: dict[str, dict[str, Any]] = {}
-        static, missing = [], []
-        for table in table_slots(self.dynamic_lookup):
-            start = f"{prefix}embeddings.{table.name}."
-            names = entry_names(table.layout)
-            found = {name: state_dict.pop(start + name) for name in names if start + name in state_dict}
-            if WEIGHT in found:
-                state_dict[start + WEIGHT] = self.embeddings[table.name].weight  # what torch expects for a parameter
-            if len(found) == len(names):
-                states[table.name] = found
-            # torch itself notices that the weight is missing.
-            missing += [start + name for name in names if name not in found and name != WEIGHT]
-            if list(found) == [WEIGHT]:
-                static.append(table.name)
-        if static:
+        """Restores the tables that the state dict has rows of, and reports what is missing of them and of others."""
+        assert isinstance(self, ShardedDynamicEmbeddingCollection)
+        start = f"{prefix}embeddings."
+        error = exchanged_table(state_dict, start, self._static_tables)
+        if self.dynamic_lookup is None:
+            if error is not None:
+                raise error
+            return
+        parameters = {table: self.embeddings[table].weight for table in self._dynamic_tables}
+        taken = take_entries(self.dynamic_lookup, state_dict, start, parameters)
+        if not self._is_complete:  # values that the module had before it was sharded: nobody loads a state dict
+            return
+        missing_keys += taken.missing
+        if taken.static:
             warnings.warn(
-                f"the state dict has rows of static tables for the dynamic tables {', '.join(static)}: they are not "
-                "loaded, since they belong to positions, not to ids; dynamicemb.checkpoint.static.load_static makes "
-                "row i the row of id i",
+                f"the state dict has rows of static tables for the dynamic tables {', '.join(taken.static)}: they "
+                "are not loaded, since they belong to positions, not to ids; dynamicemb.checkpoint.static.load_static "
+                "makes row i the row of id i",
                 DynamicEmbWarning,
                 stacklevel=2,
             )
-        if self._is_complete:
-            missing_keys += missing
-            restore_tables(self.dynamic_lookup, states)
+        # Rows that do not fit are an error of ours; entries that are missing are one of torch's.
+        torch_will_raise = self._loads_strictly and not taken.complete
+        restore_tables(self.dynamic_lookup, taken, error, change=not torch_will_raise)

@@ -2,196 +2,161 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning, RemoteRankError
-from dynamicemb.kernels.hashing import mix64, owners, sortable
 from dynamicemb.kernels.update import HyperparameterColumn
+from dynamicemb.options import DynamicEmbEvictStrategy
+from dynamicemb.shard.checked_state import REMEDY, CheckedTable, checked_table
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.state_dict import (
-    HYPERPARAMETERS_ENTRY,
+    CONFIG_ENTRY,
     KEYS,
+    OPTIMIZER_PREFIX,
     PROGRESS,
-    PROGRESS_ENTRY,
     SCORES,
-    SLOTS,
     WEIGHT,
-    TableSlot,
-    row_entries,
+    dynamic_into_static,
+    entry_names,
+    is_dynamic,
     state_entry,
     table_slots,
 )
 from dynamicemb.table.filling import HostRows, TableFilling
 from dynamicemb.table.group import TableProgress
-from dynamicemb.table.optimizers import HYPERPARAMETERS
 
-__all__ = ["restore_tables"]
+__all__ = ["TakenEntries", "exchanged_table", "restore_tables", "take_entries"]
 
 #: Rows that are put into a table at a time.
 _PIECE_ROWS = 1 << 16
-_REMEDY = (
-    "each rank must have its own rows; dynamicemb.checkpoint.dcp.load reads a checkpoint so, at any number of ranks"
-)
 
 
-@dataclass(frozen=True)
-class _CheckedTable:
-    """The state of one table, found good.
+@dataclass
+class TakenEntries:
+    """What a state dict has of dynamic tables.
 
     Attributes:
-        rows: by entry, this rank's.
-        total_rows: of all ranks, as the state dict says.
-        progress, hyperparameters, slots: as lists.
+        states: entries by table, of each that has some.
+        static: tables that have the weight of a static one instead.
+        missing: names in the state dict that are missing; torch itself notices missing weights.
+        complete: nothing is missing.
     """
 
-    table: TableSlot
-    rows: dict[str, torch.Tensor]
-    total_rows: int
-    progress: list[int]
-    hyperparameters: list[float]
-    slots: list[int]
+    states: dict[str, dict[str, Any]] = field(default_factory=dict)
+    static: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    complete: bool = True
 
 
-def restore_tables(lookup: DynamicLookup, states: Mapping[str, Mapping[str, Any]]) -> None:
+def take_entries(
+    lookup: DynamicLookup, state_dict: dict[str, Any], start: str, parameters: Mapping[str, torch.Tensor]
+) -> TakenEntries:
+    """Takes the entries of dynamic tables out of a state dict, and puts what torch expects in the place of weights.
+
+    Args:
+        lookup: of the tables.
+        state_dict: changed in place.
+        start: what names begin with, before that of a table.
+        parameters: of each table.
+    """
+    taken = TakenEntries()
+    for table in table_slots(lookup):
+        own = f"{start}{table.name}."
+        names = entry_names(table.layout)
+        found = {name: state_dict.pop(own + name) for name in names if own + name in state_dict}
+        if WEIGHT in found:
+            state_dict[own + WEIGHT] = parameters[table.name]
+        optional = (WEIGHT, CONFIG_ENTRY) if KEYS in found else (WEIGHT,)  # earlier state dicts have no config
+        taken.missing.extend(own + name for name in names if name not in found and name not in optional)
+        taken.complete &= WEIGHT in found and not taken.missing
+        if list(found) == [WEIGHT]:
+            taken.static.append(table.name)
+        elif found:
+            # States of another optimizer stay, so that torch calls them unexpected.
+            others = [name for name in state_dict if name.startswith(own + OPTIMIZER_PREFIX)]
+            taken.states[table.name] = found | {name.removeprefix(own): state_dict[name] for name in others}
+    return taken
+
+
+def exchanged_table(state_dict: Mapping[str, Any], start: str, static_tables: Sequence[str]) -> Optional[Exception]:
+    """An error if a state dict has rows of a dynamic table for a static one."""
+    for table in static_tables:
+        if is_dynamic(state_dict, f"{start}{table}."):
+            return CheckpointError(dynamic_into_static(f"state dict of table '{table}'"))
+    return None
+
+
+def restore_tables(
+    lookup: DynamicLookup, taken: TakenEntries, error: Optional[Exception] = None, change: bool = True
+) -> None:
     """Replaces the contents of tables by what a state dict has. All ranks that share them call it together.
 
     Args:
         lookup: of the tables.
-        states: all entries of each table that is to be restored, by the table's name and the entry's: tensors of all
-            rows, the same on every rank, or ``ShardedTensor``\\ s of which each rank has the rows that it owns.
+        taken: what the state dict has: of each entry, a tensor of all rows, the same on every rank, or a
+            ``ShardedTensor`` of which each rank has the rows that it owns. Keys and rows must be there; whatever else
+            is missing starts fresh, which a :class:`~dynamicemb.errors.DynamicEmbWarning` says: scores are 0; optimizer
+            state, all of it with the count of updates, is that of new rows; counts of events are 0, and the clock of
+            an LRU table is that of its latest row; hyperparameters are the model's own.
+        error: found in the state dict already; raised on all ranks.
+        change: False only checks, and passes over tables of which keys or rows are missing.
 
     Raises:
-        CheckpointError: an entry is not what it should be, or its rows are not this rank's. No table has changed.
+        CheckpointError: an entry is not what it should be, the rows cannot be rows of the table, or are not this
+            rank's. No table has changed.
         RemoteRankError: that happened on another rank.
     """
     pg = lookup.process_group
-    checked: list[_CheckedTable] = []
-    error: Optional[Exception] = None
+    checked: list[CheckedTable] = []
     try:
-        checked = [_checked(table, states[table.name], pg) for table in table_slots(lookup) if table.name in states]
+        states = {name: state for name, state in taken.states.items() if change or {KEYS, WEIGHT} <= state.keys()}
+        tables = [table for table in table_slots(lookup) if table.name in states] if error is None else []
+        checked = [checked_table(table, states[table.name], pg) for table in tables]
     except Exception as failure:  # whatever it is, other ranks must not wait for this one
         error = failure
-    _agree(checked, error, pg)
+    top_scores = _agree(checked, error, pg)
+    if not change:
+        return
     for entry in checked:
-        _replace(entry, pg)
+        _replace(entry, top_scores[entry.table.name], pg)
+    _warn_about_what_is_missing(checked)
 
 
-# ---------------------------------------------------------------------------------------------------- checks
-
-
-def _checked(table: TableSlot, state: Mapping[str, Any], pg: Optional[dist.ProcessGroup]) -> _CheckedTable:
-    rows, ranges = {}, {}
-    for entry in row_entries(table.layout):
-        where = f"state dict of table '{table.name}', entry '{entry.name}'"
-        rows[entry.name], ranges[entry.name] = _local_rows(where, state[entry.name])
-        shape = (*ranges[entry.name].size[1:],)
-        if rows[entry.name].dtype != entry.dtype or shape != entry.row_shape:
-            raise CheckpointError(
-                f"{where}: rows of shape {list(shape)} and {rows[entry.name].dtype}; the model's table has "
-                f"{list(entry.row_shape)} and {entry.dtype}: give it the dim, dtype and optimizer that were saved"
-            )
-        if ranges[entry.name].places != ranges[KEYS].places or ranges[entry.name].size[0] != ranges[KEYS].size[0]:
-            raise CheckpointError(f"{where}: other rows than those of 'keys'; all entries must be of one state dict")
-    first, stop = _own_range(table.name, rows[KEYS], ranges[KEYS], pg)
-    return _CheckedTable(
-        table,
-        {name: values[first:stop] for name, values in rows.items()},
-        ranges[KEYS].size[0],
-        *_checked_numbers(table.name, state),
-    )
-
-
-@dataclass(frozen=True)
-class _Ranges:
-    """Which rows of a tensor of shape ``size`` are here: (first, rows) of each shard; None: all of them."""
-
-    size: torch.Size
-    places: Optional[list[tuple[int, int]]]
-
-
-def _local_rows(where: str, value: Any) -> tuple[torch.Tensor, _Ranges]:
-    """The rows that are here, [n, ...] in host memory, in ascending order of their place."""
-    if isinstance(value, ShardedTensor):
-        size, dtype = value.metadata().size, value.metadata().tensor_properties.dtype
-        shards = sorted(value.local_shards(), key=lambda shard: shard.metadata.shard_offsets)
-        places = [(shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]) for shard in shards]
-        if any(list(shard.metadata.shard_sizes[1:]) != list(size[1:]) for shard in shards):
-            raise CheckpointError(f"{where}: its columns are divided among shards; a shard must have whole rows")
-        pieces = [shard.tensor.detach().cpu() for shard in shards]
-        empty = torch.empty(0, *size[1:], dtype=dtype)
-        return (pieces[0] if len(pieces) == 1 else torch.cat([empty, *pieces])), _Ranges(size, places)
-    if type(value) in (torch.Tensor, torch.nn.Parameter) and value.dim() > 0:
-        return value.detach().cpu(), _Ranges(value.shape, None)
-    shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
-    raise CheckpointError(f"{where}: {type(value).__name__} {shown}, expected rows as a tensor or a ShardedTensor")
-
-
-def _own_range(table: str, keys: torch.Tensor, ranges: _Ranges, pg: Optional[dist.ProcessGroup]) -> tuple[int, int]:
-    """Where this rank's rows are among those that are here, after a look at the order of all of these."""
-    where = f"state dict of table '{table}', entry 'keys'"
-    mixed = sortable(mix64(keys))
-    if (wrong := (mixed[1:] <= mixed[:-1]).nonzero()).numel():
-        place = int(wrong[0])
-        one, other = keys[place : place + 2].tolist()
-        what = "twice" if one == other else f"before key {other}, which precedes it in the order of mixed keys"
-        raise CheckpointError(f"{where}: row {place} of this rank has key {one} {what}; each key must be there once")
-    rank, size = (0, 1) if pg is None else (pg.rank(), pg.size())
-    owner = owners(keys, size)
-    if ranges.places is None:
-        first, stop = torch.searchsorted(owner, torch.tensor([rank, rank + 1])).tolist()
-        return first, stop
-    if (foreign := (owner != rank).nonzero()).numel():
-        place = int(foreign[0])
-        raise CheckpointError(
-            f"{where}: key {int(keys[place])} belongs to rank {int(owner[place])} of {size}, but is on rank {rank}: "
-            f"{_REMEDY}"
+def _warn_about_what_is_missing(checked: list[CheckedTable]) -> None:
+    if partial := [entry for entry in checked if entry.fresh]:
+        tables = "; ".join(f"table '{entry.table.name}': {', '.join(entry.fresh)}" for entry in partial)
+        warnings.warn(
+            f"the state dict has rows of dynamic tables without all that belongs to them, which starts fresh: {tables}",
+            DynamicEmbWarning,
+            stacklevel=3,
         )
-    return 0, keys.numel()
-
-
-def _checked_numbers(table: str, state: Mapping[str, Any]) -> tuple[list[int], list[float], list[int]]:
-    expected = {
-        PROGRESS_ENTRY: (torch.int64, len(PROGRESS)),
-        HYPERPARAMETERS_ENTRY: (torch.float64, len(HYPERPARAMETERS)),
-        SLOTS: (torch.int64, None),
-    }
-    numbers: dict[str, Any] = {}
-    for name, (dtype, length) in expected.items():
-        value = state[name]
-        if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.dim() != 1 or not len(value):
-            shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:80]
-            raise CheckpointError(f"state dict of table '{table}', entry '{name}': {shown}, expected {dtype} [n]")
-        if length is not None and len(value) != length:
-            raise CheckpointError(
-                f"state dict of table '{table}', entry '{name}': {len(value)} numbers, expected {length}"
-            )
-        numbers[name] = value.tolist()
-    by_name = dict(zip(PROGRESS, numbers[PROGRESS_ENTRY], strict=True))
-    negative = [name for name, number in by_name.items() if number < 0 and name != "custom_score"]
-    if negative or min(numbers[SLOTS]) < 0 or not all(map(math.isfinite, numbers[HYPERPARAMETERS_ENTRY])):
-        raise CheckpointError(
-            f"state dict of table '{table}': numbers that no training gives: {by_name}, slots {numbers[SLOTS]}, "
-            f"hyperparameters {numbers[HYPERPARAMETERS_ENTRY]}; the state dict is damaged"
+    if unknown := [entry.table.name for entry in checked if not entry.says_config]:
+        warnings.warn(
+            f"the state dict does not say which eviction strategy and optimizer the tables {', '.join(unknown)} had "
+            "when it was saved, by an earlier version; they are taken to be the model's: if they were others, rows are "
+            "evicted in the wrong order from now on",
+            DynamicEmbWarning,
+            stacklevel=3,
         )
-    return numbers[PROGRESS_ENTRY], numbers[HYPERPARAMETERS_ENTRY], numbers[SLOTS]
 
 
-def _agree(checked: list[_CheckedTable], error: Optional[Exception], pg: Optional[dist.ProcessGroup]) -> None:
-    """Raises on every rank what any rank has found, and what only all of them together can find."""
-    own = {
-        entry.table.name: (
-            entry.rows[KEYS].numel(), (entry.total_rows, entry.progress, entry.hyperparameters, entry.slots)
-        )
-        for entry in checked
-    }  # fmt: skip
+# ---------------------------------------------------------------------------------------------------- all ranks
+
+
+def _agree(checked: list[CheckedTable], error: Optional[Exception], pg: Optional[dist.ProcessGroup]) -> dict[str, int]:
+    """Raises on every rank what any rank has found, and what only all of them together can find.
+
+    Returns:
+        The highest score of each table, over all ranks; 0 if it has none.
+    """
+    own = {entry.table.name: (entry.facts, entry.rows[KEYS].numel(), _top_score(entry)) for entry in checked}
     outcomes: list[Any] = [(own, None if error is None else str(error))]
     if pg is not None and pg.size() > 1:
         outcomes = [None] * pg.size()
@@ -202,43 +167,50 @@ def _agree(checked: list[_CheckedTable], error: Optional[Exception], pg: Optiona
         if message is not None:
             raise RemoteRankError(f"rank {rank} cannot load its state dict: {message}")
     for rank, (tables, _) in enumerate(outcomes):
-        if {name: facts for name, (_, facts) in tables.items()} != {name: facts for name, (_, facts) in own.items()}:
+        if {name: facts for name, (facts, *_) in tables.items()} != {name: facts for name, (facts, *_) in own.items()}:
             raise CheckpointError(
                 f"the state dicts of the ranks are different ones: rank {rank} has tables {sorted(tables)}, this rank "
-                f"{sorted(own)}, or numbers of rows or steps differ; every rank must load the same checkpoint"
+                f"{sorted(own)}, or entries, numbers of rows or steps differ; every rank must load the same checkpoint"
             )
-    for name, (_, (total_rows, *_)) in own.items():
-        rows = sum(tables[name][0] for tables, _ in outcomes)
-        if rows != total_rows:
+    for entry in checked:
+        rows = sum(tables[entry.table.name][1] for tables, _ in outcomes)
+        if rows != entry.total_rows:
             raise CheckpointError(
-                f"state dict of table '{name}': {total_rows} rows, of which the ranks have {rows}: {_REMEDY}"
+                f"state dict of table '{entry.table.name}': {entry.total_rows} rows, of which the ranks have {rows}: "
+                f"{REMEDY}"
             )
+    return {name: max(tables[name][2] for tables, _ in outcomes) for name in own}
+
+
+def _top_score(entry: CheckedTable) -> int:
+    scores = entry.rows.get(SCORES)
+    return int(scores.max()) if scores is not None and scores.numel() else 0
 
 
 # ---------------------------------------------------------------------------------------------------- change
 
 
-def _replace(entry: _CheckedTable, pg: Optional[dist.ProcessGroup]) -> None:
+def _replace(entry: CheckedTable, top_score: int, pg: Optional[dist.ProcessGroup]) -> None:
     table, rank = entry.table, 0 if pg is None else pg.rank()
     size = 1 if pg is None else pg.size()
+    keys = entry.rows[KEYS]
     rows = HostRows(
-        keys=entry.rows[KEYS],
-        scores=entry.rows[SCORES],
+        keys=keys,
+        scores=entry.rows.get(SCORES, torch.zeros_like(keys)),
         embeddings=entry.rows[WEIGHT],
-        states={state.name: entry.rows[state_entry(state.name)] for state in table.layout.states},
+        states={state.name: entry.rows[state_entry(state.name)] for state in table.layout.states}
+        if entry.has_optimizer
+        else {},
     )
-    slots = entry.slots[rank] if len(entry.slots) == size else None
+    slots = entry.slots[rank] if entry.slots is not None and len(entry.slots) == size else None
+    progress = _progress(entry, top_score, rank)
     filling = TableFilling(table.group, table.index, len(rows), slots)
     for start in range(0, len(rows), _PIECE_ROWS):
         filling.add(rows[start : start + _PIECE_ROWS])
     filling.finish()
-    numbers = dict(zip(PROGRESS, entry.progress, strict=True))
-    if rank != 0:  # one rank has the events of all of them, so that their sums are right
-        numbers |= dict.fromkeys(("hits", "evicted", "refused"), 0)
-    progress = TableProgress(**numbers, hyperparameters=tuple(entry.hyperparameters))
     table.group.restore(table.index, progress, filling.kept)
     table.module.fused_optimizer.restore_learning_rate(
-        table.index, entry.hyperparameters[HyperparameterColumn.LEARNING_RATE]
+        table.index, progress.hyperparameters[HyperparameterColumn.LEARNING_RATE]
     )
     if filling.left_out:
         warnings.warn(
@@ -247,3 +219,24 @@ def _replace(entry: _CheckedTable, pg: Optional[dist.ProcessGroup]) -> None:
             DynamicEmbWarning,
             stacklevel=2,
         )
+
+
+def _progress(entry: CheckedTable, top_score: int, rank: int) -> TableProgress:
+    """How far training has come: as the state dict says, or from here on."""
+    group, index = entry.table.group, entry.table.index
+    now = group.progress(index)
+    if entry.progress is not None:
+        numbers = dict(zip(PROGRESS, entry.progress, strict=True))
+        progress = TableProgress(**numbers, hyperparameters=now.hyperparameters)
+    else:
+        # Under LRU a score is a time: rows from the future would never be evicted.
+        lru = group.evict_strategy is DynamicEmbEvictStrategy.LRU
+        clock = max(now.clock, top_score) if lru else now.clock
+        progress = dataclasses.replace(now, clock=clock, steps=0, hits=0, evicted=0, refused=0)
+    if not entry.has_optimizer:
+        progress = dataclasses.replace(progress, steps=0)
+    if entry.hyperparameters is not None:
+        progress = dataclasses.replace(progress, hyperparameters=tuple(entry.hyperparameters))
+    if rank != 0:  # one rank has the events of all of them, so that their sums are right
+        progress = dataclasses.replace(progress, hits=0, evicted=0, refused=0)
+    return progress

@@ -6,7 +6,8 @@ A table ``item`` of a collection has, after ``<path of the collection>.embedding
   optimizer, ``optimizer.<state>`` float32 [N, width]: N rows in ascending order of the mixed key as an unsigned number,
   of which each rank holds the range that it owns;
 * ``progress`` int64 [6] (:data:`PROGRESS`), ``hyperparameters`` float64 [6]
-  (:data:`~dynamicemb.table.optimizers.HYPERPARAMETERS`) and ``slots`` int64 [ranks], the same on every rank.
+  (:data:`~dynamicemb.table.optimizers.HYPERPARAMETERS`), ``slots`` int64 [ranks] and ``config`` int64 [3]
+  (:data:`CONFIG`), the same on every rank. Earlier state dicts have no ``config``.
 
 Nothing of this depends on how tables are grouped or planned. Rows are copies in host memory, so training may go on.
 Optimizer state of rows is here, and so are learning rates; ``fused_optimizer.state_dict()`` has nothing of them.
@@ -18,6 +19,7 @@ but its option ``full_state_dict`` does not: it cannot gather shards of unequal 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Optional
@@ -26,15 +28,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dynamicemb.kernels.layout import RowLayout
+from dynamicemb.kernels.layout import OptimizerKind, RowLayout
+from dynamicemb.options import DynamicEmbEvictStrategy
 from dynamicemb.shard.lookup import DynamicLookup, GroupModule
 from dynamicemb.shard.sharded_rows import sharded_rows
 from dynamicemb.table.group import TableGroup
 from dynamicemb.table.optimizers import HYPERPARAMETERS
 
 __all__ = [
+    "CONFIG",
+    "CONFIG_ENTRY",
+    "DTYPE_CODES",
+    "EVICT_STRATEGY_CODES",
     "HYPERPARAMETERS_ENTRY",
     "KEYS",
+    "OPTIMIZER_CODES",
+    "OPTIMIZER_PREFIX",
     "PROGRESS",
     "PROGRESS_ENTRY",
     "SCORES",
@@ -44,7 +53,9 @@ __all__ = [
     "RowEntry",
     "TableSlot",
     "described_entries",
+    "dynamic_into_static",
     "entry_names",
+    "is_dynamic",
     "name_entries",
     "row_entries",
     "state_entry",
@@ -53,10 +64,23 @@ __all__ = [
 ]
 
 KEYS, SCORES, WEIGHT, SLOTS = "keys", "scores", "weight", "slots"
-PROGRESS_ENTRY, HYPERPARAMETERS_ENTRY = "progress", "hyperparameters"
+PROGRESS_ENTRY, HYPERPARAMETERS_ENTRY, CONFIG_ENTRY = "progress", "hyperparameters", "config"
 _OPTIMIZER = "optimizer"
+#: What the names of entries with optimizer state begin with.
+OPTIMIZER_PREFIX = f"{_OPTIMIZER}."
 #: What the numbers of ``progress`` are. Events are added up over all ranks.
 PROGRESS = ("clock", "steps", "custom_score", "hits", "evicted", "refused")
+#: What the numbers of ``config`` are: codes of what the rows cannot go on without.
+CONFIG = ("evict_strategy", "optimizer", "dtype")
+#: The codes: part of the format of state dicts, so they never change.
+EVICT_STRATEGY_CODES = {
+    DynamicEmbEvictStrategy.LRU: 0, DynamicEmbEvictStrategy.LFU: 1, DynamicEmbEvictStrategy.CUSTOMIZED: 2,
+}  # fmt: skip
+OPTIMIZER_CODES = {
+    OptimizerKind.SGD: 0, OptimizerKind.ADAGRAD: 1, OptimizerKind.ROWWISE_ADAGRAD: 2, OptimizerKind.ADAM: 3,
+}  # fmt: skip
+#: ``torch.distributed.checkpoint`` converts rows without a word where dtypes differ, so they are told as well.
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 #: Rows that are copied to host memory at a time.
 _PIECE_ROWS = 1 << 16
 
@@ -111,7 +135,7 @@ def table_slots(lookup: DynamicLookup) -> list[TableSlot]:
 
 def state_entry(state: str) -> str:
     """The entry that holds an optimizer state."""
-    return f"{_OPTIMIZER}.{state}"
+    return f"{OPTIMIZER_PREFIX}{state}"
 
 
 def row_entries(layout: RowLayout) -> tuple[RowEntry, ...]:
@@ -127,7 +151,21 @@ def row_entries(layout: RowLayout) -> tuple[RowEntry, ...]:
 
 def entry_names(layout: RowLayout) -> tuple[str, ...]:
     """All entries of a table."""
-    return (*(entry.name for entry in row_entries(layout)), PROGRESS_ENTRY, HYPERPARAMETERS_ENTRY, SLOTS)
+    return (*(entry.name for entry in row_entries(layout)), PROGRESS_ENTRY, HYPERPARAMETERS_ENTRY, SLOTS, CONFIG_ENTRY)
+
+
+def is_dynamic(names: Container[str], start: str) -> bool:
+    """Whether a state dict or a checkpoint has a dynamic table whose entries begin with ``start``."""
+    return all(start + name in names for name in (WEIGHT, KEYS, PROGRESS_ENTRY))
+
+
+def dynamic_into_static(where: str) -> str:
+    """Why rows of a dynamic table are not loaded into a static one; ``where`` names place and table."""
+    return (
+        f"{where} has rows of a dynamic table, in the order of their hash, but the model's table is static, where row "
+        "i is that of id i; load them into a model whose table has use_dynamicemb=True, and if it must be static, look "
+        "ids up there and copy the rows (for the other way, there is dynamicemb.checkpoint.static.load_static)"
+    )
 
 
 def name_entries(module: nn.Module, layout: RowLayout) -> None:
@@ -181,6 +219,9 @@ def _table_state(table: TableSlot, numbers: torch.Tensor, pg: Optional[dist.Proc
     state[HYPERPARAMETERS_ENTRY] = torch.tensor(progress.hyperparameters, dtype=torch.float64)
     assert len(state[HYPERPARAMETERS_ENTRY]) == len(HYPERPARAMETERS)
     state[SLOTS] = numbers[:, 1].clone()
+    config = table.group.configs[table.index]
+    codes = EVICT_STRATEGY_CODES[config.evict_strategy], OPTIMIZER_CODES[config.optimizer.kind]
+    state[CONFIG_ENTRY] = torch.tensor([*codes, DTYPE_CODES[config.embedding_dtype]])
     return state
 
 

@@ -40,7 +40,7 @@ from tests.shard.models import (
 
 IDS = {"item": torch.arange(4), "country": torch.arange(4), "user": torch.arange(4)}
 SGD = (torch.optim.SGD, {"lr": 1.0})
-NUMBERS = ["progress", "hyperparameters", "slots"]
+NUMBERS = ["progress", "hyperparameters", "slots", "config"]
 
 
 class Model(nn.Module):
@@ -287,7 +287,10 @@ def _changes() -> dict[str, tuple[Change, str]]:
         "order": (keys(lambda values: values.copy_(values.flip(0))), "'keys'.*order of mixed keys"),
         "foreign": (keys(lambda values: values[0].copy_(torch.tensor(_foreign(values)))), "belongs to rank.*dcp.load"),
         "dtype": (replaced("scores", lambda value: torch.zeros(value.size()[0])), "'scores'.*float32"),
-        "shape": (replaced("weight", lambda value: torch.zeros(value.size()[0], 7)), "'weight'.*\\[7\\].*the dim"),
+        "shape": (
+            replaced("weight", lambda value: torch.zeros(value.size()[0], 7)),
+            "has dim 7, but the model's has 8; give the model 7",
+        ),
         "other rows": (replaced("scores", lambda value: torch.zeros(3, dtype=torch.int64)), "'scores'.*other rows"),
         "no tensor": (replaced("optimizer.sum", lambda value: "none"), "'optimizer.sum'.*expected rows"),
         "scalar": (replaced("weight", lambda value: torch.zeros(())), "'weight'.*expected rows"),
@@ -344,12 +347,7 @@ def _missing(rank: int, world_size: int) -> None:
         del state[f"embeddings.embeddings.t1.{entry}"]
     with pytest.raises(RuntimeError, match=r"Missing key.*t1\.keys.*t1\.optimizer\.sum"):
         target.load_state_dict(dict(state))
-    target.load_state_dict(source.state_dict())
-    train(target, range(9, 11), rank, world_size)
-    own = contents(target)
-    outcome = target.load_state_dict(dict(state), strict=False)
-    assert contents(target) == {"t0": contents(source)["t0"], "t1": own["t1"]}, "without all entries it is left alone"
-    assert sorted(name.rpartition("t1.")[2] for name in outcome.missing_keys) == ["keys", "optimizer.sum"]
+    assert contents(target) == own
     state = source.state_dict()
     state["embeddings.embeddings.t0.optimizer.exp_avg"] = torch.zeros(1)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*t0\.optimizer\.exp_avg"):
@@ -394,7 +392,8 @@ def _from_values(rank: int, world_size: int) -> None:
     """The module to be sharded has values: torchrec loads those of static tables when it makes the sharded one."""
     embeddings = EmbeddingCollection(tables=[table("item", 40), table("country", 40)], device=CPU)
     expected = embeddings.embeddings["country"].weight.detach().clone()
-    with pytest.warns(DynamicEmbWarning, match="item.*load_static"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DynamicEmbWarning)
         module = distribute(embeddings, {"item": dynamic(initializer_args=ZEROS), "country": STATIC}, SGD)
     ids = {"item": torch.arange(4), "country": torch.arange(40)}
     result = evaluated(module, ids)

@@ -21,7 +21,6 @@ __all__ = [
     "Part",
     "Rows",
     "TableSchema",
-    "dtype_name",
     "mixed_keys",
     "opt",
 ]
@@ -35,11 +34,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
 }
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``, and so on."""
-    return str(dtype).removeprefix("torch.")
 
 
 def opt(state: str) -> str:
