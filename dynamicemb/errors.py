@@ -16,6 +16,7 @@ __all__ = [
     "InstallationError",
     "KeyTypeError",
     "RemoteRankError",
+    "UnknownHyperparameterError",
 ]
 
 
@@ -29,6 +30,10 @@ class ConfigError(DynamicEmbError, ValueError):
 
 class InstallationError(DynamicEmbError, ImportError):
     """What is installed does not fit together. The message names the versions and the command that mends it."""
+
+
+class UnknownHyperparameterError(ConfigError, NotImplementedError):
+    """The name of a hyperparameter that tables do not have; fbgemm raises a ``NotImplementedError`` for it, too."""
 
 
 class KeyTypeError(DynamicEmbError, TypeError):

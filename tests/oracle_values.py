@@ -18,6 +18,7 @@ HALF = np.uint64(32)
 
 CONSTANT, UNIFORM, NORMAL, TRUNCATED_NORMAL, DEBUG = range(5)
 SGD, ADAGRAD, ROWWISE_ADAGRAD, ADAM = range(4)
+NO_DECAY, L2, DECOUPLE = range(3)
 
 # P. J. Acklam's approximation of the normal quantile, as its author publishes it.
 CENTRE_NUMERATOR = (-3.969683028665376e01, 2.209460984245205e02, -2.759285104469687e02, 1.383577518672690e02,
@@ -109,7 +110,8 @@ def to_float16(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Hyperparameters of one table; ``step`` is its count of update steps, the one being made included."""
+    """Hyperparameters of one table; ``step`` is its count of update steps, the one being made included, and ``mode``
+    what weight decay does."""
 
     learning_rate: float
     eps: float = 1e-8
@@ -117,6 +119,7 @@ class Numbers:
     beta2: float = 0.999
     weight_decay: float = 0.0
     step: int = 1
+    mode: int = NO_DECAY
 
     def at(self, step: int) -> Numbers:
         return replace(self, step=step)
@@ -127,18 +130,20 @@ def optimizer_step(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One row after one step, and its state: float64, ``state`` laid out as :func:`optimizer_states` says."""
     w, s, g = (np.asarray(values, dtype=np.float64) for values in (row, state, gradient))
+    if numbers.mode == L2:
+        g = g + numbers.weight_decay * w
+    decay = numbers.learning_rate * numbers.weight_decay * w if numbers.mode == DECOUPLE else 0.0
     if kind == ADAM:
         m, v = s[: len(w)], s[len(w) :]
         m = numbers.beta1 * m + (1.0 - numbers.beta1) * g
         v = numbers.beta2 * v + (1.0 - numbers.beta2) * g * g
         m_hat, v_hat = m / (1.0 - numbers.beta1**numbers.step), v / (1.0 - numbers.beta2**numbers.step)
-        quotient = m_hat / (np.sqrt(v_hat) + numbers.eps) + numbers.weight_decay * w
-        return w - numbers.learning_rate * quotient, np.concatenate([m, v])
-    g = g + numbers.weight_decay * w
+        quotient = m_hat / (np.sqrt(v_hat) + numbers.eps)
+        return w - numbers.learning_rate * quotient - decay, np.concatenate([m, v])
     if kind == SGD:
-        return w - numbers.learning_rate * g, s
+        return w - numbers.learning_rate * g - decay, s
     s = s + (g * g if kind == ADAGRAD else np.mean(g * g, keepdims=True))
-    return w - numbers.learning_rate * g / (np.sqrt(s) + numbers.eps), s
+    return w - numbers.learning_rate * g / (np.sqrt(s) + numbers.eps) - decay, s
 
 
 def block_sum(rows: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.hashing import mix64, owners
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 from dynamicemb.kernels.segment_sum import segment_sum
+from dynamicemb.kernels.update import WeightDecayMode
 from dynamicemb.options import (
     BUCKET_CAPACITIES,
     EMBEDDING_DTYPES,
@@ -97,7 +98,8 @@ def launches_of(choices: Choices) -> list[Launch]:
     with recorded_launches() as launches:
         _hashing_and_dedup()
         for layout, batch in itertools.product(choices.layouts, BATCHES):
-            group_step(layout, batch=batch)
+            for mode in weight_decay_modes(layout.optimizer):
+                group_step(layout, batch=batch, weight_decay_mode=mode)
         for capacity, strategy in itertools.product(choices.capacities, DynamicEmbEvictStrategy):
             group_step(USUAL_LAYOUT, capacity, strategy)
         for dim, dtype in itertools.product(choices.gradient_dims, EMBEDDING_DTYPES):
@@ -110,7 +112,17 @@ def _meta(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def _group(layout: RowLayout, capacity: int, strategy: DynamicEmbEvictStrategy) -> TableGroup:
+def weight_decay_modes(optimizer: OptimizerKind) -> list[WeightDecayMode]:
+    """Those that the optimizer applies."""
+    return sorted({OptimizerConfig(optimizer, weight_decay_mode=mode).applied_weight_decay for mode in WeightDecayMode})
+
+
+def _group(
+    layout: RowLayout,
+    capacity: int,
+    strategy: DynamicEmbEvictStrategy,
+    weight_decay_mode: WeightDecayMode = WeightDecayMode.NONE,
+) -> TableGroup:
     """Two tables of which the first may double; keys that are missing in evaluation get values."""
     values = DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.DEBUG)
     configs = [
@@ -124,7 +136,7 @@ def _group(layout: RowLayout, capacity: int, strategy: DynamicEmbEvictStrategy) 
             evict_strategy=strategy,
             initializer=values,
             eval_initializer=values,
-            optimizer=OptimizerConfig(kind=layout.optimizer),
+            optimizer=OptimizerConfig(kind=layout.optimizer, weight_decay_mode=weight_decay_mode),
         )
         for table in range(2)
     ]
@@ -137,9 +149,10 @@ def group_step(
     strategy: DynamicEmbEvictStrategy = DynamicEmbEvictStrategy.LRU,
     batch: int = BATCHES[-1],
     gradient_dtype: torch.dtype = torch.float32,
+    weight_decay_mode: WeightDecayMode = WeightDecayMode.NONE,
 ) -> None:
     """Everything that happens to a group of tables: training, evaluation and a doubling."""
-    group = _group(layout, capacity, strategy)
+    group = _group(layout, capacity, strategy, weight_decay_mode)
     keys, tables = _meta(batch), _meta(batch, dtype=torch.int32)
     occurrences = _meta(batch) if strategy is DynamicEmbEvictStrategy.LFU else None
     rows, lookup = group.train_lookup(keys, tables, occurrences)

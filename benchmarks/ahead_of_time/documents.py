@@ -16,6 +16,7 @@ from ahead_of_time.launches import Launch
 from ahead_of_time.report import SUMMARY_COLUMNS, Measurement, Report, summary
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.kernels.rows_triton import DTYPE_CODES
+from dynamicemb.kernels.update import WeightDecayMode
 
 __all__ = ["as_json", "markdown", "write"]
 
@@ -31,7 +32,8 @@ HOW_TO_READ_SECTIONS = (
     "Below, the configurations of each kernel. A line stands for all combinations of the values in it, which have the "
     "same result. Its first columns are those constants, argument types and compiler options that tell the "
     "configurations of the kernel apart; the others follow from them. Where architectures differ, values are in the "
-    "order {architectures}. 20 × 16 are 20 instructions of 16 bytes. DTYPE: {dtypes}. OPTIMIZER: {optimizers}."
+    "order {architectures}. 20 × 16 are 20 instructions of 16 bytes. DTYPE: {dtypes}. OPTIMIZER: {optimizers}. "
+    "DECAY_MODE: {decay_modes}."
 )
 
 
@@ -80,6 +82,7 @@ def markdown(report: Report) -> str:
         architectures=", ".join(ARCHITECTURES[number].name for number in report.compute_capabilities),
         dtypes=", ".join(f"{code} {str(dtype).removeprefix('torch.')}" for dtype, code in DTYPE_CODES.items()),
         optimizers=", ".join(f"{int(kind)} {kind.name}" for kind in OptimizerKind),
+        decay_modes=", ".join(f"{int(mode)} {mode.name}" for mode in WeightDecayMode),
     )
     lines = [f"# Kernels compiled ahead of time, {report.date.isoformat()}{revision}", "", report.headline, ""]
     lines += [line for problem in report.problems for line in (f"- {problem}", "")]

@@ -149,7 +149,15 @@ def _check_update(tables: Tables, lookup: Lookup, gradient: torch.Tensor, optimi
 
 def _run_update(tables: Tables, lookup: Lookup, gradient: torch.Tensor, optimizer: OptimizerConfig) -> None:
     hyperparameters, steps = _hyperparameters(tables, optimizer)
-    update(tables.storage.view, lookup.unique, lookup.slots, gradient, hyperparameters, steps)
+    update(
+        tables.storage.view,
+        lookup.unique,
+        lookup.slots,
+        gradient,
+        hyperparameters,
+        steps,
+        optimizer.applied_weight_decay,
+    )
 
 
 def _hyperparameters(tables: Tables, optimizer: OptimizerConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,7 +203,7 @@ def _measure_law(
 
     def update_one(index: int) -> None:
         lookup = lookups[index % len(lookups)]
-        update(view, lookup.unique, lookup.slots, gradient, hyperparameters, steps)
+        update(view, lookup.unique, lookup.slots, gradient, hyperparameters, steps, optimizer.applied_weight_decay)
 
     work = traffic.update(size.ids, distinct, layout)
     _add(context, measured, f"update, {NAMES[optimizer.kind]}, {name}", update_one, work, reason, size)

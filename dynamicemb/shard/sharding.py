@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Optional
 
 import torch
@@ -16,7 +17,7 @@ from torchrec.distributed.embedding_sharding import (
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv, ShardMetadata
 from torchrec.modules.embedding_configs import EmbeddingTableConfig
 
-from dynamicemb.errors import ConfigError
+from dynamicemb.errors import ConfigError, DynamicEmbWarning
 from dynamicemb.options import DynamicEmbEvictStrategy
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding
 from dynamicemb.shard.input_dist import DynamicInputDist
@@ -24,7 +25,7 @@ from dynamicemb.shard.lookup import DynamicLookup, group_tables
 from dynamicemb.shard.output_dist import DynamicOutputDist
 from dynamicemb.shard.route import DynamicShardingContext, OwnedKeys
 from dynamicemb.table.config import TableConfig
-from dynamicemb.table.optimizers import optimizer_from_fused_params
+from dynamicemb.table.optimizers import ignored_parameters, optimizer_from_fused_params
 
 __all__ = ["DYNAMIC_ROW_WISE", "DynamicSequenceSharding"]
 
@@ -36,8 +37,21 @@ def _table_config(info: EmbeddingShardingInfo) -> TableConfig:
     sharding = info.param_sharding
     assert isinstance(sharding, DynamicEmbParameterSharding)
     name = info.embedding_config.name
-    optimizer = optimizer_from_fused_params(name, info.fused_params or {})
-    return TableConfig.from_options(name, sharding.dynamicemb_options, optimizer)
+    fused_params = info.fused_params or {}
+    optimizer = optimizer_from_fused_params(name, fused_params)
+    config = TableConfig.from_options(name, sharding.dynamicemb_options, optimizer)
+    _check_precision(config, fused_params.get("weights_precision"))
+    for text in ignored_parameters(name, optimizer, fused_params, config.embedding_dtype):
+        warnings.warn(text, DynamicEmbWarning, stacklevel=2)
+    return config
+
+
+def _check_precision(config: TableConfig, weights_precision: Any) -> None:
+    if weights_precision is not None and weights_precision.as_dtype() != config.embedding_dtype:
+        raise ConfigError(
+            f"table '{config.name}': fused parameter weights_precision={weights_precision.name} differs from the "
+            f"dtype of its rows, {config.embedding_dtype}; set embedding_dtype of its dynamicemb_options, or remove it"
+        )
 
 
 def _output_dtype(infos: list[EmbeddingShardingInfo]) -> torch.dtype:

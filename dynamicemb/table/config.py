@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dynamicemb.kernels.layout import RowLayout, TableGeometry
+from dynamicemb.kernels.update import WeightDecayMode
 from dynamicemb.options import (
     DynamicEmbCheckMode,
     DynamicEmbEvictStrategy,
@@ -23,11 +24,13 @@ _ZEROS = DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.CONSTANT)
 
 @dataclass(frozen=True)
 class GroupKey:
-    """What tables must have in common to share a group: the layout of a row, the bucket, and the meaning of a score."""
+    """What tables must have in common to share a group: the layout of a row, the bucket, the meaning of a score, and
+    what weight decay does."""
 
     layout: RowLayout
     bucket_capacity: int
     evict_strategy: DynamicEmbEvictStrategy
+    weight_decay_mode: WeightDecayMode
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class TableConfig:
 
     @property
     def group_key(self) -> GroupKey:
-        return GroupKey(self.layout, self.bucket_capacity, self.evict_strategy)
+        decay_mode = self.optimizer.applied_weight_decay
+        return GroupKey(self.layout, self.bucket_capacity, self.evict_strategy, decay_mode)
 
     def geometry(self) -> TableGeometry:
         """The table's size at first."""

@@ -7,12 +7,14 @@ decides about growth; everything that changes in a step is on the device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 
+from dynamicemb.errors import DynamicEmbWarning
 from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.fill import fill, initial_rows
 from dynamicemb.kernels.find import find
@@ -28,6 +30,7 @@ from dynamicemb.table.changes import GroupChanges
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.contents import StoredRows, TableContents
 from dynamicemb.table.initializers import initializer_view
+from dynamicemb.table.optimizers import ignored_weight_decay
 from dynamicemb.table.storage import GroupStorage
 
 __all__ = ["TableCounters", "TableGroup", "TableProgress", "TrainingLookup"]
@@ -93,7 +96,7 @@ class TrainingLookup:
 
 
 class TableGroup:
-    """Tables that share a row layout, a bucket capacity and an eviction strategy.
+    """Tables that share a row layout, a bucket capacity, an eviction strategy and a mode of weight decay.
 
     Args:
         configs: the tables; they have the same ``group_key``.
@@ -108,6 +111,7 @@ class TableGroup:
         self.world_size = world_size
         self.device = device
         self.evict_strategy = configs[0].evict_strategy
+        self._weight_decay_mode = configs[0].optimizer.applied_weight_decay
         self.storage = GroupStorage([config.geometry() for config in configs], configs[0].layout, world_size, device)
         names, seeds = [config.name for config in configs], [config.seed for config in configs]
         states = [config.optimizer.initial_state for config in configs]
@@ -197,7 +201,10 @@ class TableGroup:
             found = find(self.storage.view, lookup.unique)
             # A key that was refused read as zeros: its gradient is not that of a row that it may have by now.
             slots = torch.where(slots == NO_SLOT, slots, found)
-        update(self.storage.view, lookup.unique, slots, gradients.contiguous(), self.hyperparameters, self.steps)
+        update(
+            self.storage.view, lookup.unique, slots, gradients.contiguous(), self.hyperparameters, self.steps,
+            self._weight_decay_mode,
+        )  # fmt: skip
         self.changes.updated(lookup.number, lookup.unique, slots)
 
     # ------------------------------------------------------------------------------------------------ steps
@@ -285,6 +292,11 @@ class TableGroup:
         self.custom_scores[table] = progress.custom_score
         self._outcomes[table] = torch.tensor([progress.hits, rows, progress.evicted, progress.refused])
         self.hyperparameters[table] = torch.tensor(progress.hyperparameters, dtype=torch.float64)
+        optimizer = self.configs[table].optimizer
+        weight_decay = progress.hyperparameters[HyperparameterColumn.WEIGHT_DECAY]
+        text = ignored_weight_decay(self.configs[table].name, optimizer, weight_decay)
+        if text is not None and weight_decay != optimizer.weight_decay:  # of its own number the user knows
+            warnings.warn(f"{text} (it is the number of the checkpoint)", DynamicEmbWarning, stacklevel=2)
         self._size_bounds[table] = rows
         self._generation += 1
         self.changes.restart(table)
@@ -293,3 +305,15 @@ class TableGroup:
         """Takes effect with the next update. Does not synchronise."""
         # Assigning a number to an element would copy it from host memory, and wait.
         self.hyperparameters[table, HyperparameterColumn.LEARNING_RATE].fill_(learning_rate)
+
+    def set_hyperparameters(self, numbers: Mapping[str, float]) -> None:
+        """Sets numbers, named as in :data:`~dynamicemb.table.optimizers.HYPERPARAMETERS`, for all tables.
+
+        They take effect with the next update. Does not synchronise.
+        """
+        for name, number in numbers.items():
+            self.hyperparameters[:, HyperparameterColumn[name.upper()]].fill_(number)
+
+    def set_steps(self, steps: int) -> None:
+        """Sets how many updates every table has had: the next one is number ``steps + 1``. Does not synchronise."""
+        self.steps.fill_(steps)

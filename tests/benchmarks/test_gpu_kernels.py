@@ -132,9 +132,9 @@ def test_both_row_kernels_for_every_optimizer_dtype_and_law() -> None:
 def test_a_wrong_update_is_not_reported(kind: OptimizerKind, monkeypatch: pytest.MonkeyPatch) -> None:
     update = kernels.update
 
-    def eager(view, unique, slots, gradients, hyperparameters, steps):  # type: ignore[no-untyped-def]
+    def eager(view, unique, slots, gradients, hyperparameters, steps, mode):  # type: ignore[no-untyped-def]
         change = 1.01 if view.layout.optimizer is kind else 1.0
-        update(view, unique, slots, change * gradients, hyperparameters, steps)
+        update(view, unique, slots, change * gradients, hyperparameters, steps, mode)
 
     monkeypatch.setattr(kernels, "update", eager)
     assert f"{kernels.NAMES[kind]}: " in _outcome(kernels).refused

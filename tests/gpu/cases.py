@@ -13,6 +13,7 @@ import torch
 
 from dynamicemb import DynamicEmbEvictStrategy, DynamicEmbInitializerArgs, DynamicEmbInitializerMode
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
+from dynamicemb.kernels.update import WeightDecayMode
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.optimizers import OptimizerConfig
 
@@ -107,6 +108,7 @@ class Case:
                 beta2=0.999 - 0.02 * index,
                 weight_decay=(0.01, 0.0)[index % 2],
                 initial_accumulator_value=(0.0, 0.1)[index % 2],
+                weight_decay_mode=list(WeightDecayMode)[self.dim // 4 % 3],
             ),
         )
 

@@ -15,7 +15,7 @@ from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import Insertion, insert
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
-from dynamicemb.kernels.update import update
+from dynamicemb.kernels.update import WeightDecayMode, update
 from dynamicemb.kernels.views import AddressRow, InitializerView, KeyStatus, UniqueKeys
 from tests.kernels.memory import Chunk, GroupMemory
 from tests.kernels.triton_host import DEVICE, engine
@@ -152,13 +152,20 @@ class Twins:
         assert torch.equal(actual.cpu().view(torch.int32), expected.view(torch.int32))
         return expected
 
-    def update(self, batch: Batch, gradients: torch.Tensor, hyperparameters: torch.Tensor, steps: torch.Tensor) -> None:
+    def update(
+        self,
+        batch: Batch,
+        gradients: torch.Tensor,
+        hyperparameters: torch.Tensor,
+        steps: torch.Tensor,
+        mode: WeightDecayMode = WeightDecayMode.NONE,
+    ) -> None:
         """One optimizer step; afterwards both memories hold the CPU engine's rows."""
         numbers = (gradients, hyperparameters, steps)
         with engine("cpu"):
-            update(self.cpu.view, batch.cpu, batch.cpu_slots, *numbers)
+            update(self.cpu.view, batch.cpu, batch.cpu_slots, *numbers, mode)
         with engine("triton"):
-            update(self.triton.view, batch.triton, batch.triton_slots, *map(on_device, numbers))
+            update(self.triton.view, batch.triton, batch.triton_slots, *map(on_device, numbers), mode)
         if self.layout.optimizer is not OptimizerKind.ROWWISE_ADAGRAD:
             self.compare()  # the same correctly rounded operations in the same order
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import torch
 
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
-from dynamicemb.kernels.update import HyperparameterColumn, update
+from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode, update
 from dynamicemb.table.optimizers import HYPERPARAMETERS
 from tests import oracle_values, tolerances
 from tests.kernels.memory import GroupMemory
 from tests.kernels.paired import distinct, int64
-from tests.oracle_values import Numbers
+from tests.oracle_values import DECOUPLE, L2, NO_DECAY, Numbers
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DIMS = (4, 8, 20, 64, 128, 1024)
@@ -54,9 +55,11 @@ class Rows:
         update(self.memory.view, unique, slots, gradients, *hyperparameters(*numbers))
 
 
-def hyperparameters(*tables: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
+def hyperparameters(*tables: Numbers) -> tuple[torch.Tensor, torch.Tensor, WeightDecayMode]:
+    """What an update needs to know of its tables."""
     rows = [[t.learning_rate, t.eps, t.beta1, t.beta2, t.weight_decay] for t in tables]
-    return torch.tensor(rows, dtype=torch.float64), int64(table.step for table in tables)
+    (mode,) = {table.mode for table in tables}
+    return torch.tensor(rows, dtype=torch.float64), int64(table.step for table in tables), WeightDecayMode(mode)
 
 
 def assert_rows_close(actual: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> None:
@@ -74,12 +77,12 @@ def test_columns_are_those_of_the_config() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("kind", OptimizerKind)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.25])
+@pytest.mark.parametrize("mode", WeightDecayMode)
 def test_one_step_is_the_documented_formula(
-    kind: OptimizerKind, dim: int, dtype: torch.dtype, weight_decay: float
+    kind: OptimizerKind, dim: int, dtype: torch.dtype, mode: WeightDecayMode
 ) -> None:
     rows = Rows(dim, dtype, kind)
-    numbers = Numbers(NUMBERS.learning_rate, NUMBERS.eps, NUMBERS.beta1, NUMBERS.beta2, weight_decay, step=3)
+    numbers = dataclasses.replace(NUMBERS, weight_decay=0.25, step=3, mode=mode)
     weights, states = rows.values()
     keys = list(range(40))
     gradients = torch.randn(40, dim, generator=torch.Generator().manual_seed(1))
@@ -141,9 +144,11 @@ def test_an_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("kind", OptimizerKind)
-def test_each_table_has_its_own_numbers_and_steps(kind: OptimizerKind) -> None:
+@pytest.mark.parametrize("mode", WeightDecayMode)
+def test_each_table_has_its_own_numbers_and_steps(kind: OptimizerKind, mode: WeightDecayMode) -> None:
     rows = Rows(8, torch.float32, kind, tables=3)
     tables = [Numbers(0.5, step=1), Numbers(0.25, 0.5, 0.5, 0.75, step=9), Numbers(0.125, weight_decay=0.5, step=2)]
+    tables = [dataclasses.replace(numbers, mode=mode) for numbers in tables]
     weights, states = rows.values()
     unique = distinct([4, 4, 4], [0, 1, 2])
     picked = int64([3, 64 + 5, 128 + 7])
@@ -201,21 +206,41 @@ def _rowwise_adagrad() -> Callable[..., torch.optim.Optimizer]:
 
 TORCH_OPTIMIZERS = {
     "sgd": (OptimizerKind.SGD, lambda p: torch.optim.SGD([p], lr=0.1), Numbers(0.1)),
-    "sgd with weight decay": (
+    "sgd, L2": (
         OptimizerKind.SGD,
         lambda p: torch.optim.SGD([p], lr=0.1, weight_decay=0.05),
-        Numbers(0.1, weight_decay=0.05),
+        Numbers(0.1, weight_decay=0.05, mode=L2),
+    ),
+    "sgd, no mode": (
+        OptimizerKind.SGD,
+        lambda p: torch.optim.SGD([p], lr=0.1),
+        Numbers(0.1, weight_decay=0.05, mode=NO_DECAY),
     ),
     "adagrad": (OptimizerKind.ADAGRAD, lambda p: torch.optim.Adagrad([p], lr=0.1, eps=1e-8), Numbers(0.1)),
-    "adagrad with weight decay": (
+    "adagrad, L2": (
         OptimizerKind.ADAGRAD,
         lambda p: torch.optim.Adagrad([p], lr=0.1, eps=1e-8, weight_decay=0.05),
-        Numbers(0.1, weight_decay=0.05),
+        Numbers(0.1, weight_decay=0.05, mode=L2),
     ),
     "row-wise adagrad": (
         OptimizerKind.ROWWISE_ADAGRAD,
         lambda p: _rowwise_adagrad()([p], lr=0.1, eps=1e-8),
         Numbers(0.1),
+    ),
+    "row-wise adagrad, L2": (
+        OptimizerKind.ROWWISE_ADAGRAD,
+        lambda p: _rowwise_adagrad()([p], lr=0.1, eps=1e-8, weight_decay=0.05),
+        Numbers(0.1, weight_decay=0.05, mode=L2),
+    ),
+    "adam, L2": (
+        OptimizerKind.ADAM,
+        lambda p: torch.optim.Adam([p], lr=0.1, weight_decay=0.05),
+        Numbers(0.1, weight_decay=0.05, mode=L2),
+    ),
+    "adam, decoupled": (
+        OptimizerKind.ADAM,
+        lambda p: torch.optim.AdamW([p], lr=0.1, weight_decay=0.05),
+        Numbers(0.1, weight_decay=0.05, mode=DECOUPLE),
     ),
     "adam": (OptimizerKind.ADAM, lambda p: torch.optim.Adam([p], lr=0.1), Numbers(0.1)),
     "adam with other numbers": (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
-from dynamicemb.kernels.update import HyperparameterColumn
+from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode
 from tests.kernels.group_state import Twins
 from tests.kernels.triton_host import MARKS
 
@@ -24,7 +24,13 @@ def hyperparameters() -> torch.Tensor:
     return numbers
 
 
-def run(layout: RowLayout, gradient_dtype: torch.dtype, size: int = 60, steps: int = 2) -> None:
+def run(
+    layout: RowLayout,
+    gradient_dtype: torch.dtype,
+    size: int = 60,
+    steps: int = 2,
+    mode: WeightDecayMode = WeightDecayMode.DECOUPLE,
+) -> None:
     """Steps over keys with duplicates, of which some were refused."""
     pair = Twins([TableGeometry.create(24, 24, 8)] * TABLES, layout)
     generator = torch.Generator().manual_seed(size)
@@ -34,13 +40,19 @@ def run(layout: RowLayout, gradient_dtype: torch.dtype, size: int = 60, steps: i
         keys[: size // 3], tables[: size // 3] = 1, 1
         batch, _ = pair.train(keys, tables, torch.tensor([step]))
         gradients = torch.randn(size, layout.dim, generator=generator).to(gradient_dtype)
-        pair.update(batch, gradients, hyperparameters(), STEPS + step)
+        pair.update(batch, gradients, hyperparameters(), STEPS + step, mode)
 
 
 @pytest.mark.parametrize("optimizer", list(OptimizerKind))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rules_and_row_dtypes(optimizer: OptimizerKind, dtype: torch.dtype) -> None:
     run(RowLayout(12, dtype, optimizer), torch.float32)
+
+
+@pytest.mark.parametrize("optimizer", list(OptimizerKind))
+@pytest.mark.parametrize("mode", [WeightDecayMode.NONE, WeightDecayMode.L2])
+def test_weight_decay_modes(optimizer: OptimizerKind, mode: WeightDecayMode) -> None:
+    run(RowLayout(12, torch.float32, optimizer), torch.float32, mode=mode)
 
 
 @pytest.mark.parametrize("optimizer", list(OptimizerKind))

@@ -141,7 +141,12 @@ CASES: dict[str, dict[str, Any]] = {
     "occurrences": {"options": {name: {"evict_strategy": LFU} for name in names(3)}},
     "half rows": {
         "options": {name: {"embedding_dtype": torch.float16} for name in names(3)},
-        "fused_params": {"optimizer": EmbOptimType.ADAM, "learning_rate": 0.1, "output_dtype": SparseType.FP16},
+        "fused_params": {
+            "optimizer": EmbOptimType.ADAM,
+            "learning_rate": 0.1,
+            "output_dtype": SparseType.FP16,
+            "stochastic_rounding": False,
+        },
     },
     "features in another order": {"batch": batch_of(names(3)[::-1])},
     "int32 ids": {"batch": batch_of(names(3), dtype=torch.int32)},

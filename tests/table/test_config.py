@@ -81,6 +81,7 @@ def test_tables_that_may_share_a_group(change: dict[str, Any]) -> None:
     [
         {"dim": 8}, {"embedding_dtype": torch.float16}, {"bucket_capacity": 16},
         {"evict_strategy": DynamicEmbEvictStrategy.CUSTOMIZED}, {"optimizer": OptimizerConfig(OptimizerKind.ADAM)},
+        {"optimizer": OptimizerConfig(OptimizerKind.ROWWISE_ADAGRAD)},
     ],
 )  # fmt: skip
 def test_tables_that_may_not(change: dict[str, Any]) -> None:

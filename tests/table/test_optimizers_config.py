@@ -6,10 +6,16 @@ import enum
 from typing import Any
 
 import pytest
+import torch
 
 from dynamicemb.errors import ConfigError
 from dynamicemb.kernels.layout import OptimizerKind
-from dynamicemb.table.optimizers import HYPERPARAMETERS, OptimizerConfig, optimizer_from_fused_params
+from dynamicemb.table.optimizers import (
+    HYPERPARAMETERS,
+    OptimizerConfig,
+    ignored_parameters,
+    optimizer_from_fused_params,
+)
 
 
 def test_sgd_is_the_default_as_in_fbgemm() -> None:
@@ -64,7 +70,9 @@ def test_initial_state(kind: OptimizerKind) -> None:
 def test_parameters_of_static_tables_are_ignored() -> None:
     params: dict[str, Any] = {
         "optimizer": "exact_adagrad", "cache_load_factor": 0.2, "enforce_hbm": True, "bounds_check_mode": 3,
-        "output_dtype": None, "stochastic_rounding": False, "prefetch_pipeline": False,
+        "output_dtype": None, "stochastic_rounding": False, "prefetch_pipeline": False, "cache_sets": 4,
+        "uvm_host_mapped": True, "embedding_table_index_type": torch.int32, "gradient_clipping": False,
+        "max_norm": 0.0, "global_weight_decay": None, "optimizer_state_dtypes": None,
     }  # fmt: skip
     assert optimizer_from_fused_params("t", params) == OptimizerConfig(OptimizerKind.ADAGRAD)
 
@@ -90,10 +98,16 @@ def test_unknown_optimizers(optimizer: object) -> None:
         ("amsgrad", True),
         ("maximize", True),
         ("lr_decay", 0.1),
-        ("weight_decay_mode", 2),
+        ("weight_decay_mode", 3),
+        ("global_weight_decay", object()),
+        ("counter_based_regularization", object()),
+        ("extra_optimizer_config", object()),
+        ("optimizer_state_dtypes", {"momentum1": 1}),
+        ("momentum", "0"),
         ("learning_rates", 0.1),
         ("kind", OptimizerKind.ADAM),
         ("max_norm", 1.0),
+        ("max_gradient", 1.0),
         ("gradient_clipping", True),
     ],
 )
@@ -119,6 +133,45 @@ def test_parameters_that_cannot_be_honoured(name: str, value: object) -> None:
 def test_numbers_out_of_range(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"table 'ads': {name}={value} is outside"):
         optimizer_from_fused_params("ads", {name: value})
+
+
+@pytest.mark.parametrize("value", ["0.1", "abc", None, True, [0.1, 0.2], object()])
+def test_what_is_not_a_number(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"table 'ads': learning_rate=.* is (not a number|outside)"):
+        optimizer_from_fused_params("ads", {"lr": value})
+
+
+@pytest.mark.parametrize("betas", [(0.9,), 0.9, None, (0.9, 0.99, 0.999)])
+def test_betas_are_two(betas: object) -> None:
+    with pytest.raises(ConfigError, match=r"table 'ads': betas=.* give the two of them"):
+        optimizer_from_fused_params("ads", {"betas": betas})
+
+
+def test_a_number_may_be_a_tensor() -> None:
+    assert optimizer_from_fused_params("t", {"lr": torch.tensor(0.5)}).learning_rate == 0.5
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("given", [{}, {"stochastic_rounding": True}, {"stochastic_rounding": False}])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_stochastic_rounding_is_missed_where_rows_have_16_bits(given: dict[str, bool], dtype: torch.dtype) -> None:
+    """fbgemm rounds stochastically unless told otherwise."""
+    texts = ignored_parameters("ads", OptimizerConfig(), given, dtype)
+    assert len(texts) == (dtype in HALF and given.get("stochastic_rounding", True))
+    share = {torch.float16: "0.02% to 0.05%", torch.bfloat16: "0.20% to 0.39%"}.get(dtype, "")
+    assert all("table 'ads': stochastic_rounding" in text and share in text for text in texts)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_updates_that_are_lost(dtype: torch.dtype) -> None:
+    """The shares of the warning: below the lower one no update arrives, from the upper one on every one does."""
+    eps = torch.finfo(dtype).eps
+    for value in (1.0, 1.5, 2.0 - eps, 0.75, 100.0):
+        row = torch.tensor(value, dtype=dtype)
+        assert (row.float() - 0.99 * eps / 4 * row.float()).to(dtype) == row
+        assert (row.float() - 1.01 * eps / 2 * row.float()).to(dtype) != row
 
 
 def test_the_given_mapping_is_not_modified() -> None:

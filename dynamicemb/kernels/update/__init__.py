@@ -9,7 +9,7 @@ import torch
 from dynamicemb.kernels.engine import implementation
 from dynamicemb.kernels.views import GroupView, UniqueKeys
 
-__all__ = ["HyperparameterColumn", "bias_corrections", "update"]
+__all__ = ["HyperparameterColumn", "WeightDecayMode", "bias_corrections", "update"]
 
 
 class HyperparameterColumn(enum.IntEnum):
@@ -20,6 +20,17 @@ class HyperparameterColumn(enum.IntEnum):
     BETA1 = 2
     BETA2 = 3
     WEIGHT_DECAY = 4
+
+
+class WeightDecayMode(enum.IntEnum):
+    """What a step does with the table's ``weight_decay``; the numbers are those of fbgemm's enum of this name."""
+
+    #: Nothing.
+    NONE = 0
+    #: ``weight_decay * w`` is added to the gradient before all else.
+    L2 = 1
+    #: The row is multiplied by ``1 - learning_rate * weight_decay`` before the step.
+    DECOUPLE = 2
 
 
 def bias_corrections(hyperparameters: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -43,6 +54,7 @@ def update(
     gradients: torch.Tensor,
     hyperparameters: torch.Tensor,
     steps: torch.Tensor,
+    weight_decay_mode: WeightDecayMode = WeightDecayMode.NONE,
 ) -> None:
     """Sums the gradients of each distinct key as :mod:`~dynamicemb.kernels.segment_sum` does, and updates its row once.
 
@@ -54,5 +66,7 @@ def update(
         hyperparameters: float64 [T, 5], see :class:`HyperparameterColumn`. Kernels round them, ``1 - beta`` and
             ``1 - beta ** t`` to float32: ``1 - 0.999`` taken in float32 would be off by 1.3e-5.
         steps: int64 [T], update steps of each table, this one included (Adam's ``t``). Does not synchronise.
+        weight_decay_mode: of all tables; each has its own number.
     """
-    implementation(__name__, view.device).update(view, unique, slots, gradients, hyperparameters, steps)
+    engine = implementation(__name__, view.device)
+    engine.update(view, unique, slots, gradients, hyperparameters, steps, weight_decay_mode)

@@ -18,13 +18,14 @@ from dynamicemb.kernels.numba_support import (
     prefetch,
 )
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, read_row, sum_rows, write_row
-from dynamicemb.kernels.update import HyperparameterColumn, bias_corrections
+from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode, bias_corrections
 from dynamicemb.kernels.views import AddressRow, GroupView, UniqueKeys
 
 _ROWS = np.int64(AddressRow.ROWS)
 _LR, _EPS = np.int64(HyperparameterColumn.LEARNING_RATE), np.int64(HyperparameterColumn.EPS)
 _BETA1, _BETA2 = np.int64(HyperparameterColumn.BETA1), np.int64(HyperparameterColumn.BETA2)
 _DECAY = np.int64(HyperparameterColumn.WEIGHT_DECAY)
+_L2, _DECOUPLE = np.int64(WeightDecayMode.L2), np.int64(WeightDecayMode.DECOUPLE)
 _SGD, _ADAGRAD = np.int64(OptimizerKind.SGD), np.int64(OptimizerKind.ADAGRAD)
 _ROWWISE_ADAGRAD = np.int64(OptimizerKind.ROWWISE_ADAGRAD)
 
@@ -67,23 +68,31 @@ def _rowwise_adagrad(weights, gradient, dim, total, rate, eps):
 
 @inline
 def _adam(weights, gradient, dim, mean, square, numbers, corrections):
-    rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
+    rate, eps = np.float32(numbers[_LR]), np.float32(numbers[_EPS])
     beta1, beta2 = np.float32(numbers[_BETA1]), np.float32(numbers[_BETA2])
     new1, new2 = np.float32(1.0 - numbers[_BETA1]), np.float32(1.0 - numbers[_BETA2])
     correction1, correction2 = corrections[0], corrections[1]
     for i in range(dim):
         mean[i] = beta1 * mean[i] + new1 * gradient[i]
         square[i] = beta2 * square[i] + new2 * gradient[i] * gradient[i]
-        step_size = mean[i] / correction1 / (math.sqrt(square[i] / correction2) + eps)
-        weights[i] -= rate * (step_size + decay * weights[i])
+        weights[i] -= rate * (mean[i] / correction1 / (math.sqrt(square[i] / correction2) + eps))
+
+
+@inline
+def _decay(mode, weights, gradient, dim, numbers):
+    decay = np.float32(numbers[_DECAY])
+    if mode == _L2:
+        for i in range(dim):
+            gradient[i] += decay * weights[i]
+    elif mode == _DECOUPLE:
+        factor = np.float32(1) - np.float32(numbers[_LR]) * decay
+        for i in range(dim):
+            weights[i] *= factor
 
 
 @inline
 def _apply(kind, weights, gradient, dim, state, numbers, corrections):
-    rate, eps, decay = np.float32(numbers[_LR]), np.float32(numbers[_EPS]), np.float32(numbers[_DECAY])
-    if kind <= _ROWWISE_ADAGRAD and decay != 0:
-        for i in range(dim):
-            gradient[i] += decay * weights[i]
+    rate, eps = np.float32(numbers[_LR]), np.float32(numbers[_EPS])
     if kind == _SGD:
         _sgd(weights, gradient, dim, rate)
     elif kind == _ADAGRAD:
@@ -96,8 +105,8 @@ def _apply(kind, weights, gradient, dim, state, numbers, corrections):
 
 @kernel
 def _update(
-    start, stop, addresses, row_bytes, dim, code, state_offset, kind, tables, slots, order, offsets, gradients,
-    gradient_bytes, gradient_code, hyperparameters, corrections,
+    start, stop, addresses, row_bytes, dim, code, state_offset, kind, decay_mode, tables, slots, order, offsets,
+    gradients, gradient_bytes, gradient_code, hyperparameters, corrections,
 ):  # fmt: skip
     gradient_buffer, row_buffer = np.empty(dim, np.float32), np.empty(dim, np.float32)
     gradient, row = np.int64(gradient_buffer.ctypes.data), np.int64(row_buffer.ctypes.data)
@@ -118,6 +127,7 @@ def _update(
             weights = row
             read_row(address, code, row, dim)
         table = tables[u]
+        _decay(decay_mode, as_float32(weights), as_float32(gradient), dim, hyperparameters[table])
         _apply(
             kind, as_float32(weights), as_float32(gradient), dim, address + state_offset, hyperparameters[table],
             corrections[table],
@@ -133,12 +143,13 @@ def update(
     gradients: torch.Tensor,
     hyperparameters: torch.Tensor,
     steps: torch.Tensor,
+    weight_decay_mode: WeightDecayMode,
 ) -> None:
     layout = view.layout
     parallel_for(
         _update, slots.numel(), view.addresses.numpy(), np.int64(layout.row_bytes), np.int64(layout.dim),
         DTYPE_CODES[layout.embedding_dtype], np.int64(layout.state_offset_bytes), np.int64(layout.optimizer),
-        unique.tables.numpy(), slots.numpy(), unique.order.numpy(), unique.offsets.numpy(),
+        np.int64(weight_decay_mode), unique.tables.numpy(), slots.numpy(), unique.order.numpy(), unique.offsets.numpy(),
         np.int64(gradients.data_ptr()), np.int64(layout.dim * gradients.itemsize),
         DTYPE_CODES[gradients.dtype], hyperparameters.numpy(), bias_corrections(hyperparameters, steps).numpy(),
     )  # fmt: skip

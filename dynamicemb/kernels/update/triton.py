@@ -27,13 +27,14 @@ from dynamicemb.kernels.rows_triton import (
 )
 from dynamicemb.kernels.segment_sum import BLOCK_ROWS
 from dynamicemb.kernels.segment_sum.triton import block_sums
-from dynamicemb.kernels.update import HyperparameterColumn, bias_corrections
+from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode, bias_corrections
 from dynamicemb.kernels.views import GroupView, UniqueKeys
 
 _SGD = tl.constexpr(int(OptimizerKind.SGD))
 _ADAGRAD = tl.constexpr(int(OptimizerKind.ADAGRAD))
 _ROWWISE_ADAGRAD = tl.constexpr(int(OptimizerKind.ROWWISE_ADAGRAD))
-_ADAM = tl.constexpr(int(OptimizerKind.ADAM))
+_L2 = tl.constexpr(int(WeightDecayMode.L2))
+_DECOUPLE = tl.constexpr(int(WeightDecayMode.DECOUPLE))
 _HYPERPARAMETERS = tl.constexpr(len(HyperparameterColumn))
 _LEARNING_RATE = tl.constexpr(int(HyperparameterColumn.LEARNING_RATE))
 _EPS = tl.constexpr(int(HyperparameterColumn.EPS))
@@ -54,7 +55,8 @@ def _hyperparameter(hyperparameters, table, mask, COLUMN: tl.constexpr):
 def _update_kernel(
     addresses, count, tables, slots, order, offsets, gradients, block_sums, hyperparameters, corrections, chunks,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, STATE_OFFSET: tl.constexpr,
-    OPTIMIZER: tl.constexpr, DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    OPTIMIZER: tl.constexpr, DECAY_MODE: tl.constexpr, DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     entries = tl.load(count)
     columns = tl.arange(0, COLUMNS)
@@ -75,9 +77,11 @@ def _update_kernel(
 
         rate = _hyperparameter(hyperparameters, table, active, _LEARNING_RATE).to(tl.float32)
         eps = _hyperparameter(hyperparameters, table, active, _EPS).to(tl.float32)
-        decay = _hyperparameter(hyperparameters, table, active, _WEIGHT_DECAY).to(tl.float32)
-        if OPTIMIZER != _ADAM:
-            gradient = tl.where(decay != 0, gradient + decay * weights, gradient)
+        if DECAY_MODE == _L2:
+            gradient += _hyperparameter(hyperparameters, table, active, _WEIGHT_DECAY).to(tl.float32) * weights
+        elif DECAY_MODE == _DECOUPLE:
+            decay = _hyperparameter(hyperparameters, table, active, _WEIGHT_DECAY).to(tl.float32)
+            weights *= 1.0 - rate * decay
 
         if OPTIMIZER == _SGD:
             weights -= rate * gradient
@@ -105,7 +109,7 @@ def _update_kernel(
             tl.store(squares, square, mask=mask)
             step = tl.div_rn(tl.div_rn(mean, correction1 + tl.zeros_like(mean)),
                              tl.sqrt_rn(tl.div_rn(square, correction2 + tl.zeros_like(square))) + eps)  # fmt: skip
-            weights -= rate * (step + decay * weights)
+            weights -= rate * step
         write_row(rows, weights, mask, DTYPE)
         first += tl.num_programs(0).to(tl.int64) * ROWS
 
@@ -117,6 +121,7 @@ def update(
     gradients: torch.Tensor,
     hyperparameters: torch.Tensor,
     steps: torch.Tensor,
+    weight_decay_mode: WeightDecayMode,
 ) -> None:
     layout = view.layout
     entries = slots.numel()
@@ -132,6 +137,6 @@ def update(
         unique.tables, slots, unique.order, unique.offsets, float_view(gradients), block_sums(gradients, unique),
         hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
         ROWS=rows, ROW_BYTES=layout.row_bytes, STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
-        DTYPE=DTYPE_CODES[layout.embedding_dtype], GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype], BLOCK=BLOCK_ROWS,
-        options=options,
+        DECAY_MODE=int(weight_decay_mode), DTYPE=DTYPE_CODES[layout.embedding_dtype],
+        GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype], BLOCK=BLOCK_ROWS, options=options,
     )  # fmt: skip
