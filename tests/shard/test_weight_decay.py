@@ -128,3 +128,17 @@ def test_adam_is_decoupled_in_every_mode() -> None:
             optimizer.step()
         torch.testing.assert_close(after, parameter.detach(), rtol=1e-5, atol=1e-6)
         assert len(said) == (name in ("NONE", "L2")), (name, said)
+
+
+def changed_later(rank: int, world_size: int) -> tuple[float, bool]:
+    fused_params = {"weight_decay_mode": WeightDecayMode.DECOUPLE}
+    model = model_of("rowwise_adagrad", fused_params, True)
+    plain = trained(model_of("rowwise_adagrad", {}, True))["dynamic"]
+    model.fused_optimizer.update_hyper_parameters({"weight_decay": DECAY})
+    after = trained(model)
+    return worst_error(after), torch.equal(after["dynamic"], plain)
+
+
+def test_a_number_that_is_set_later_is_applied_as_the_mode_says() -> None:
+    ((error, same),) = run_on_ranks(1, changed_later)
+    assert error < tolerances.TRAINED_ROW_RTOL and not same
