@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+from torch.distributed._shard.api import _get_current_process_group
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+
+from dynamicemb.errors import CheckpointError
 
 __all__ = ["StagedShardedTensor", "sharded_rows"]
 
@@ -28,12 +32,32 @@ class _NotCopied:
         return self
 
 
+class _RowsSize(tuple[int, ...]):
+    """The size of rows of a dynamic table, which says in f-strings what there is to know about it.
+
+    ``torch.distributed.checkpoint.load`` needs sizes to be right beforehand, and shows them if they are not: "Size
+    mismatch between saved ... and current: ...". torch has no other place where its users could be told what to do.
+    """
+
+    def numel(self) -> int:
+        return math.prod(self)
+
+    def __format__(self, spec: str) -> str:
+        return (
+            f"{torch.Size(self)}, since the model has other rows in this dynamic table than the checkpoint, which "
+            "dynamicemb.checkpoint.dcp.load(model, checkpoint_id) loads,"
+        )
+
+
 class StagedShardedTensor(ShardedTensor):
-    """A ``ShardedTensor`` that ``async_save`` can copy.
+    """A ``ShardedTensor`` that ``async_save`` can copy, and ``torch.load`` read with ``weights_only=True``.
 
     The default stager (seen in torch 2.13) copies a tensor by its memory, of which a ``ShardedTensor`` has none itself,
     and then the attributes of the object, among them its process group, and fails on both.
     """
+
+    #: Whether these are rows of a dynamic table, not of a static one.
+    is_dynamic = False
 
     @staticmethod
     def of(tensor: ShardedTensor) -> StagedShardedTensor:
@@ -60,6 +84,32 @@ class StagedShardedTensor(ShardedTensor):
             requires_grad=properties.requires_grad,
         )
 
+    def size(self, dim: Optional[int] = None) -> Any:
+        size = self.metadata().size
+        if dim is not None:
+            return size[dim]
+        return _RowsSize(size) if self.is_dynamic else size
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A plain tensor if all shards are here, so that whoever has torch can read it; else what :func:`_rebuilt`
+        takes: plain tensors and numbers."""
+        pg, metadata = self._process_group, self.metadata()
+        shards = [(shard.tensor.detach(), list(shard.metadata.shard_offsets)) for shard in self.local_shards()]
+        if pg.size() == 1:
+            return _joined(metadata.size, metadata.tensor_properties.dtype, shards).__reduce_ex__(protocol)
+        places = [
+            (list(part.shard_offsets), list(part.shard_sizes), str(part.placement)) for part in metadata.shards_metadata
+        ]
+        return _rebuilt, (
+            shards,
+            places,
+            list(metadata.size),
+            metadata.tensor_properties.dtype,
+            self.is_dynamic,
+            pg.rank(),
+            pg.size(),
+        )
+
     @property
     def _process_group(self) -> dist.ProcessGroup:
         return self._group_holder.group
@@ -75,6 +125,57 @@ class StagedShardedTensor(ShardedTensor):
     def new_empty(self, *size: Any, **options: Any) -> StagedShardedTensor:
         """One with the same shape and without shards, for the stager to fill in."""
         return StagedShardedTensor._like(self)
+
+
+def _joined(size: torch.Size, dtype: torch.dtype, shards: list[tuple[torch.Tensor, list[int]]]) -> torch.Tensor:
+    if len(shards) == 1 and shards[0][0].shape == size:
+        return shards[0][0]
+    device = shards[0][0].device if shards else torch.device("cpu")
+    whole = torch.empty(size, dtype=dtype, device=device)
+    for values, offsets in shards:
+        whole[tuple(slice(first, first + count) for first, count in zip(offsets, values.shape, strict=True))] = values
+    return whole
+
+
+def _rebuilt(
+    shards: list[tuple[torch.Tensor, list[int]]],
+    places: list[tuple[list[int], list[int], str]],
+    size: list[int],
+    dtype: torch.dtype,
+    is_dynamic: bool,
+    rank: int,
+    world_size: int,
+) -> StagedShardedTensor:
+    """What a rank saved with ``torch.save``, on the same rank of as many; ``torch.load`` calls it."""
+    where = f"rank {rank} of {world_size} saved this part of its model with torch.save"
+    remedy = "torch.distributed.checkpoint and DynamicEmbDump save for any number of ranks"
+    if not dist.is_initialized():
+        raise CheckpointError(f"{where}: initialize a process group of as many ranks before torch.load; {remedy}")
+    pg = _get_current_process_group()
+    if (pg.rank(), pg.size()) != (rank, world_size):
+        raise CheckpointError(
+            f"{where}, but here is rank {pg.rank()} of {pg.size()}: as many ranks must load their own files (inside "
+            f"load_with_process_group, if the model is not on all ranks); {remedy}"
+        )
+    own = {tuple(offsets): values for values, offsets in shards}
+    parts, local = [], []
+    for offsets, sizes, placement in places:
+        part = ShardMetadata(list(offsets), list(sizes), placement=placement)
+        if part.placement.rank() == dist.get_rank() and tuple(offsets) in own:  # type: ignore[union-attr]
+            values = own[tuple(offsets)]
+            part = ShardMetadata(list(offsets), list(sizes), placement=f"rank:{dist.get_rank()}/{values.device}")
+            local.append(Shard(values, part))
+        parts.append(part)
+    metadata = ShardedTensorMetadata(
+        shards_metadata=parts, size=torch.Size(size), tensor_properties=TensorProperties(dtype=dtype)
+    )
+    tensor = ShardedTensor._init_from_local_shards_and_global_metadata(local, metadata, process_group=pg)
+    result = StagedShardedTensor.of(tensor)
+    result.is_dynamic = is_dynamic
+    return result
+
+
+torch.serialization.add_safe_globals([_rebuilt])
 
 
 def _metadata(counts: Sequence[int], row_shape: Sequence[int], pg: dist.ProcessGroup) -> list[list[ShardMetadata]]:
@@ -124,6 +225,7 @@ def sharded_rows(rows: torch.Tensor, counts: Sequence[int], pg: Optional[dist.Pr
         size=torch.Size([sum(counts), *rows.shape[1:]]),
         tensor_properties=TensorProperties(dtype=rows.dtype),
     )
-    return StagedShardedTensor.of(
-        ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=pg)
-    )
+    tensor = ShardedTensor._init_from_local_shards_and_global_metadata(shards, metadata, process_group=pg)
+    result = StagedShardedTensor.of(tensor)
+    result.is_dynamic = True
+    return result

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from dynamicemb import CheckpointError, DynamicEmbError, DynamicEmbEvictStrategy, DynamicEmbWarning
 from dynamicemb.checkpoint.dcp import load, sized_state_dict
@@ -304,6 +304,26 @@ def _in_place(rank: int, world_size: int, folder: str) -> None:
 
 def test_dcp_alone_loads_the_same_rows_in_place(tmp_path: Path) -> None:
     run_on_ranks(2, _in_place, str(tmp_path))
+
+
+def _plainly(rank: int, world_size: int, folder: str) -> str:
+    """Where the rows are not the same, torch's message leads to what does it."""
+    first, second = model(tables=1), model(tables=1)
+    train(first, range(4), rank, world_size)
+    dcp.save(first.state_dict(), checkpoint_id=folder)
+    state = second.state_dict()
+    assert state["embeddings.embeddings.t0.weight"].size()[1] == 8
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load(state, checkpoint_id=folder)
+    load(second, folder)
+    assert contents(second) == contents(first)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_dcp_alone_names_what_loads_other_rows(world_size: int, tmp_path: Path) -> None:
+    for message in run_on_ranks(world_size, _plainly, str(tmp_path)):
+        assert "Size mismatch" in message and "dynamicemb.checkpoint.dcp.load" in message and "t0.keys" in message
 
 
 def _smaller(rank: int, world_size: int, folder: str) -> tuple[dict[str, dict], dict[str, dict], int]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,6 +254,52 @@ def _by_torch(rank: int, world_size: int) -> None:
 
 def test_model_state_dict_of_torch() -> None:
     run_on_ranks(2, _by_torch)
+
+
+# ---------------------------------------------------------------------------------------------------- torch.save
+
+
+def _mixed() -> nn.Module:
+    constraints = {"item": dynamic(initializer_args=ZEROS), "country": STATIC, "user": dynamic(initializer_args=ZEROS)}
+    return distribute(Model(), constraints, (torch.optim.Adagrad, {"lr": 1.0}))
+
+
+def _save(rank: int, world_size: int, folder: str) -> Any:
+    """A static table is beside the dynamic ones; several shards of a table."""
+    sharded_rows._SHARD_ROWS = 8
+    first, second = _mixed(), _mixed()
+    train_step(first, features_of({name: [list(range(rank, 40))] for name in IDS}))
+    path = f"{folder}/{world_size}-{rank}.pt"
+    torch.save(first.state_dict(), path)
+    for weights_only in (True, False):
+        train_step(second, features_of({name: [[1, 90, 91]] for name in ("item", "user")} | {"country": [[3]]}))
+        second.load_state_dict(torch.load(path, weights_only=weights_only))
+        assert contents(second) == contents(first)
+        every = {name: torch.arange(40) for name in IDS}
+        expected, result = evaluated(first, every), evaluated(second, every)
+        assert all(expected[name].any() and torch.equal(result[name], expected[name]) for name in IDS)
+    if world_size > 1:
+        dist.barrier()
+        with pytest.raises(CheckpointError, match=f"rank {1 - rank} of 2 saved this.*here is rank {rank} of 2"):
+            torch.load(f"{folder}/2-{1 - rank}.pt", weights_only=True)
+    return len(contents(first)["item"])
+
+
+def test_what_torch_saves_is_loaded_with_weights_only(tmp_path: Path) -> None:
+    (rows,) = run_on_ranks(1, _save, str(tmp_path))
+    assert sum(run_on_ranks(2, _save, str(tmp_path))) == rows == 40
+    # In a process that has never heard of this package, and in one without a process group.
+    code = (
+        "import sys, torch; state = torch.load(sys.argv[1], weights_only=True); "
+        "assert 'dynamicemb' not in sys.modules; "
+        "print({type(value) for value in state.values()}, state['embeddings.embeddings.item.keys'].shape)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "1-0.pt")], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "{<class 'torch.Tensor'>} torch.Size([40])"
+    with pytest.raises(CheckpointError, match=r"rank 0 of 2.*initialize a process group"):
+        torch.load(tmp_path / "2-0.pt", weights_only=True)
 
 
 # ---------------------------------------------------------------------------------------------------- refused
