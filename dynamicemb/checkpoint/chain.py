@@ -15,6 +15,7 @@ from typing import Optional
 import numpy as np
 
 from dynamicemb.checkpoint.files.crc import Span, SpanSums
+from dynamicemb.checkpoint.files.lineage import ancestor_of, continues, described
 from dynamicemb.checkpoint.files.manifest import TableRecord
 from dynamicemb.checkpoint.files.reader import PIECE_BYTES, Piece, StoredTable, check_order
 from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, KEYS, Part, Rows, TableSchema, mixed_keys
@@ -39,8 +40,9 @@ def check_links(tables: Sequence[StoredTable]) -> None:
     """Raises unless each of ``tables`` but the first is a delta that continues what the one before left.
 
     Raises:
-        CheckpointError: one is no delta, of another kind of table, begins after the one before ended (a gap), or ends
-            before it (a wrong order).
+        CheckpointError: one is no delta, of another kind of table, begins after the one before ended (a gap), ends
+            before it (a wrong order), or was written by a run that has not been where the one before is (of another
+            run).
     """
     for previous, delta in itertools.pairwise(tables):
         where, before, record = f"{delta.folder}: table '{delta.table}'", previous.record, delta.record
@@ -56,6 +58,12 @@ def check_links(tables: Sequence[StoredTable]) -> None:
             raise CheckpointError(
                 f"{where} has what changed since step {record.since}, but {previous.folder} before it ends at step "
                 f"{before.clock}: a gap; give the deltas in between, too, in the order in which they were written"
+            )
+        if not continues(before, record, delta.table):
+            raise CheckpointError(
+                f"{where} follows {described(record.follows or ())}, but {previous.folder} before it is "
+                f"{described([ancestor_of(before, delta.table)])}: they are of different runs, or of one that went on "
+                "from an earlier checkpoint in between; give the checkpoints of one run"
             )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from dynamicemb.checkpoint.arrays import RowBuffers
 from dynamicemb.checkpoint.files.crc import Span
+from dynamicemb.checkpoint.files.lineage import History, advanced, followed
 from dynamicemb.checkpoint.files.manifest import Manifest, TableRecord
 from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, Rows, TableSchema
 from dynamicemb.checkpoint.files.staging import Staging
@@ -64,7 +65,8 @@ def DynamicEmbDump(  # noqa: N802 - the name that users of other implementations
     ranks = Ranks(shared_group(tables, pg))
     for table in tables:
         table.group.changes.begin()
-    write_checkpoint(Staging(path), [Extract(table) for table in tables], bool(optim), ranks, overwrite)
+    extracts = [Extract(table, table.group.changes.checkpoints[table.index]) for table in tables]
+    write_checkpoint(Staging(path), extracts, bool(optim), ranks, overwrite)
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ class Extract:
     """What one rank writes of a table.
 
     Attributes:
+        history: checkpoints that the table has been through, oldest first.
         selected: which rows; None: all.
         gone: in a delta: keys that are no longer there, int64 [n] in ascending order of the mixed key.
         since: in a delta: the step that it begins at.
     """
 
     table: DynamicTable
+    history: History
     selected: Optional[Selection] = None
     gone: Optional[np.ndarray] = None
     since: Optional[int] = None
@@ -114,7 +118,9 @@ def write_checkpoint(staging: Staging, extracts: Sequence[Extract], optim: bool,
         ranks.first(lambda: _prepare(staging, jobs, overwrite))
         with progress("dump", sum(job.own.survey.selected for job in jobs), shown=ranks.is_first) as report:
             written = ranks.together(lambda: [job.write(staging, report) for job in jobs])
-        ranks.first(lambda: _complete(staging, jobs, written))
+        histories = ranks.first(lambda: _complete(staging, jobs, written))
+        for extract, history in zip(extracts, histories, strict=True):
+            extract.table.group.changes.checkpoints[extract.table.index] = history
         ranks.let_go()
     except BaseException:
         if ranks.is_first:
@@ -131,13 +137,19 @@ def _prepare(staging: Staging, jobs: list[_Job], overwrite: bool) -> None:
         reserve(staging.folder, job.table.collection, job.table.name, rows_by_part)
 
 
-def _complete(staging: Staging, jobs: list[_Job], written: list[list[_Spans]]) -> None:
+def _complete(staging: Staging, jobs: list[_Job], written: list[list[_Spans]]) -> list[History]:
+    """Makes the checkpoint appear. Returns the history of each table, of which it is part now."""
     tables: dict[str, dict[str, TableRecord]] = {}
+    histories = []
     for job, by_rank in zip(jobs, zip(*written, strict=True), strict=True):
-        tables.setdefault(job.table.collection, {})[job.table.name] = job.record(by_rank)
+        record, history, name = job.record(by_rank), job.extract.history, job.table.name
+        record = dataclasses.replace(record, follows=followed(history, record, name))
+        tables.setdefault(job.table.collection, {})[name] = record
+        histories.append(advanced(history, record, name))
     kind = "full" if all(job.extract.since is None for job in jobs) else "delta"
     write_manifest(staging.folder, Manifest(kind, tables, __version__))
     staging.commit()
+    return histories
 
 
 #: Checksums of what one rank wrote of a table, by part.

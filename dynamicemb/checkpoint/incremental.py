@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dynamicemb.checkpoint.dump import Extract, write_checkpoint
+from dynamicemb.checkpoint.files.lineage import History, adopted, described, is_in
 from dynamicemb.checkpoint.files.manifest import Manifest, read_manifest
 from dynamicemb.checkpoint.files.staging import Staging, finished
 from dynamicemb.checkpoint.ranks import Ranks
@@ -22,8 +23,8 @@ from dynamicemb.shard.tables import DynamicTable
 __all__ = ["incremental_dump"]
 
 PathLike = Union[str, os.PathLike[str]]
-#: The step that each table's delta begins at, by collection and name.
-_Steps = Mapping[tuple[str, str], int]
+#: The step that each table's delta begins at, and what the table has been through, by collection and name.
+_Starts = Mapping[tuple[str, str], tuple[int, History]]
 
 
 def incremental_dump(
@@ -66,38 +67,43 @@ def incremental_dump(
         ConfigError: no such tables, ``since`` is no step, or ``pg`` is not the group that the tables are spread over.
         CheckpointError: changes since then are not known, or all evicted keys are not: the message says since when
             they are, and that a full dump is always possible. The checkpoint ``since`` is not one, has not these
-            tables, or was written with another ``optim``; it or another full checkpoint is at ``path``. Or ``path``
+            tables, was written with another ``optim``, or is of another run: the model has neither written it nor
+            been loaded from it; it or another full checkpoint is at ``path``. Or ``path``
             cannot be written, is taken, or the disk is full. What was there is unchanged.
         RemoteRankError: that happened on another rank.
     """
     tables = selected_tables(model, table_names)
     ranks = Ranks(shared_group(tables, pg))
     staging = Staging(path)
-    steps = ranks.first(lambda: _steps(since, tables, bool(optim), staging, overwrite))
+    starts = ranks.first(lambda: _starts(since, tables, bool(optim), staging, overwrite))
     for table in tables:
         table.group.changes.begin()
-    lags = ranks.together(lambda: [_checked_lag(table, steps[table.collection, table.name]) for table in tables])
+    lags = ranks.together(lambda: [_checked_lag(table, starts[table.collection, table.name][0]) for table in tables])
     lag_by_table = [max(by_rank) for by_rank in zip(*lags, strict=True)]
     extracts = ranks.locally(lambda: [
-        _extract(table, steps[table.collection, table.name], lag)
+        _extract(table, *starts[table.collection, table.name], lag)
         for table, lag in zip(tables, lag_by_table, strict=True)
     ])  # fmt: skip
     write_checkpoint(staging, extracts, bool(optim), ranks, overwrite)
 
 
-def _steps(
+def _starts(
     since: Union[int, PathLike], tables: Sequence[DynamicTable], optim: bool, staging: Staging, overwrite: bool
-) -> _Steps:
+) -> _Starts:
     if not overwrite:
         _refuse_full(staging)
     if isinstance(since, (str, os.PathLike)):
-        return _steps_of(Path(since), tables, optim, staging)
+        return _starts_at(Path(since), tables, optim, staging)
     if isinstance(since, bool) or not isinstance(since, int) or since < 0:
         raise ConfigError(
             f"since={since!r} is no step; give the path of the earlier checkpoint, or a number of training steps from "
             "0 on"
         )
-    return {(table.collection, table.name): since for table in tables}
+    return {(table.collection, table.name): (since, _history(table)) for table in tables}
+
+
+def _history(table: DynamicTable) -> History:
+    return table.group.changes.checkpoints[table.index]
 
 
 def _refuse_full(staging: Staging) -> None:
@@ -113,14 +119,14 @@ def _refuse_full(staging: Staging) -> None:
         )
 
 
-def _steps_of(earlier: Path, tables: Sequence[DynamicTable], optim: bool, staging: Staging) -> _Steps:
-    """The clocks of the checkpoint ``earlier``."""
+def _starts_at(earlier: Path, tables: Sequence[DynamicTable], optim: bool, staging: Staging) -> _Starts:
+    """The clocks of the checkpoint ``earlier``, which must be one that the tables have been through."""
     folder = finished(earlier)
     if os.path.realpath(earlier) == os.path.realpath(staging.path):
         raise CheckpointError(f"{earlier}: the delta would take the place of the checkpoint that it follows; "
                               "choose another path")  # fmt: skip
     manifest: Manifest = read_manifest(folder)
-    steps = {}
+    starts = {}
     for table in tables:
         record = manifest.tables.get(table.collection, {}).get(table.name)
         if record is None:
@@ -133,8 +139,15 @@ def _steps_of(earlier: Path, tables: Sequence[DynamicTable], optim: bool, stagin
                 f"{folder}: table '{table.name}' was saved with optim={record.optimizer.saved}; use the same for the "
                 "deltas that follow it"
             )
-        steps[table.collection, table.name] = record.clock
-    return steps
+        history = _history(table)
+        if not is_in(record, history, table.name):
+            raise CheckpointError(
+                f"{folder}: table '{table.name}' of the model has not been in this state, that of step {record.clock}; "
+                f"it has been written to or read from, in this run, {described(history)}: give one of these, or make a "
+                "full dump"
+            )
+        starts[table.collection, table.name] = (record.clock, adopted(history, record, table.name))
+    return starts
 
 
 def _checked_lag(table: DynamicTable, since: int) -> int:
@@ -155,9 +168,9 @@ def _checked_lag(table: DynamicTable, since: int) -> int:
     return changes.lag
 
 
-def _extract(table: DynamicTable, since: int, lag: int) -> Extract:
+def _extract(table: DynamicTable, since: int, history: History, lag: int) -> Extract:
     changes, index = table.group.changes, table.index
     # Since step 0 every row is there, and older ones do not count: keys that have gone need not be known.
     known = changes.first_step(index) <= since
     gone = changes.evicted(index, since).numpy() if known else np.empty(0, np.int64)
-    return Extract(table, None if since == 0 else changes.touched(index, since, lag), gone, since)
+    return Extract(table, history, None if since == 0 else changes.touched(index, since, lag), gone, since)

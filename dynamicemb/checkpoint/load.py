@@ -15,6 +15,7 @@ from torch import nn
 
 from dynamicemb.checkpoint.arrays import from_disk
 from dynamicemb.checkpoint.chain import ChainedTable
+from dynamicemb.checkpoint.files.lineage import history_of
 from dynamicemb.checkpoint.files.manifest import TableRecord
 from dynamicemb.checkpoint.files.reader import Checkpoint
 from dynamicemb.checkpoint.passes import FullTable, Pass, Spans, TableSource, problems_of, read_ahead
@@ -208,6 +209,10 @@ class _Loading:
             restored = progress_of(table, record, job.optim, self._ranks.is_first)
             table.group.restore(table.index, restored, filling.kept)
             table.optimizer.restore_learning_rate(table.index, restored.hyperparameters[0])
+            # Deltas may follow what was loaded, if the table is in that state: with all rows and all that is in them.
+            whole = not missing and (job.optim or not record.schema.states)
+            records = [stored.record for stored in job.source.tables]
+            table.group.changes.checkpoints[table.index] = history_of(records, table.name) if whole else ()
             if missing:
                 messages.append(
                     f"table '{table.name}': {missing} of {record.table_rows} rows, those with the least scores"

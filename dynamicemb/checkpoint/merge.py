@@ -11,6 +11,7 @@ from typing import Optional, Union
 import numpy as np
 
 from dynamicemb.checkpoint.chain import ChainPass, check_links
+from dynamicemb.checkpoint.files.lineage import merged_history
 from dynamicemb.checkpoint.files.manifest import TableRecord
 from dynamicemb.checkpoint.files.reader import Checkpoint, StoredTable
 from dynamicemb.checkpoint.files.writer import CheckpointWriter, SequentialTableWriter
@@ -24,7 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def merge(paths: Sequence[Path], dst: Path, overwrite: bool = False, progress: Optional[Progress] = None) -> None:
-    """Writes the checkpoint that a chain stands for: bit for bit that which a dump would have written in place of the
+    """Writes the checkpoint that a chain stands for: bit for bit that which a dump would have written right after the
     last delta. One process, no model, no GPU; memory does not depend on sizes.
 
     Args:
@@ -48,7 +49,7 @@ def merge(paths: Sequence[Path], dst: Path, overwrite: bool = False, progress: O
             for (collection, name), tables in chains.items():
                 table = writer.table(collection, name, tables[0].record.schema)
                 _write(tables, table, progress)
-                table.finish(_merged_record(tables))
+                table.finish(_merged_record(tables), merged_history([one.record for one in tables], name))
 
 
 def _chains(checkpoints: list[Checkpoint]) -> dict[tuple[str, str], list[StoredTable]]:
@@ -100,4 +101,4 @@ def _write(tables: list[StoredTable], writer: SequentialTableWriter, progress: O
 def _merged_record(tables: list[StoredTable]) -> TableRecord:
     since = [table.record.since for table in tables]
     earliest = None if since[0] is None else min(step for step in since if step is not None)
-    return dataclasses.replace(tables[-1].record, since=earliest)
+    return dataclasses.replace(tables[-1].record, since=earliest, follows=None)

@@ -22,6 +22,7 @@ from dynamicemb.kernels.hashing import mix64, sortable
 from dynamicemb.kernels.insert import Insertion
 from dynamicemb.kernels.layout import NO_SLOT, TableGeometry
 from dynamicemb.kernels.views import KeyBatch, KeyStatus, UniqueKeys
+from dynamicemb.table.ancestor import Ancestor
 from dynamicemb.table.change_log import EvictionLog, TouchLog
 from dynamicemb.table.storage import GroupStorage
 
@@ -74,6 +75,8 @@ class GroupChanges:
         self._lookups_before = 0
         #: By how many lookups an update came after its own, at most.
         self.lag = 0
+        #: Checkpoints that each table has been written to or read from, oldest first; what was before a load is gone.
+        self.checkpoints: list[tuple[Ancestor, ...]] = [()] * len(storage.geometries)
 
     # ------------------------------------------------------------------------------------------------ in a step
 
@@ -143,7 +146,9 @@ class GroupChanges:
 
     def restart(self, table: int) -> None:
         """The contents and the clock of a table have been replaced: what changed before is forgotten."""
-        self._starts[table] = _Start(int(self._clock[table]), self._tick)
+        clock = int(self._clock[table])
+        self._starts[table] = _Start(clock, self._tick)
+        self.checkpoints[table] = (Ancestor(clock, None),)
         self._lookups_before = self.lookups
         if self._touches is not None:
             self._touches.clear(table)

@@ -15,17 +15,25 @@ import torch
 from torchrec.optim import RowWiseAdagrad
 
 from dynamicemb import DynamicEmbDump, DynamicEmbEvictStrategy, DynamicEmbLoad
+from dynamicemb.checkpoint.files.lineage import ancestor_of
 from dynamicemb.checkpoint.files.manifest import Counters, OptimizerRecord, Placement, TableRecord
 from dynamicemb.checkpoint.files.reader import Checkpoint
 from dynamicemb.checkpoint.files.schema import Rows, TableSchema
 from dynamicemb.checkpoint.files.writer import CheckpointWriter
 from dynamicemb.shard.tables import dynamic_tables
+from dynamicemb.table.ancestor import Ancestor
 from tests.checkpoint.models import Model, contents, model, train
 from tests.distributed import run_on_ranks
 from tests.oracle import mix64
 from tests.shard.models import collection, distribute, dynamic, table
 
-GOLDEN = Path(__file__).parent / "golden" / "version1"
+#: As it was at first, and with what the tables follow.
+GOLDEN = {name: Path(__file__).parent / "golden" / name for name in ("version1", "version1_follows")}
+#: Digests of the golden checkpoints, by which later ones would name them.
+DIGESTS = {
+    "version1": ("e1ddb198cf39e131ba4ff9a8aaf6d9fc", "ab1e753df352d983445896b0149bf5e7"),
+    "version1_follows": ("ab8be6f2b47b055dcd20c3e62adab7de", "61ec6d78c8a14ba4766eb68c4a013034"),
+}
 DTYPES = {"int64": "<i8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
@@ -91,8 +99,8 @@ def golden_rows() -> Rows:
     )
 
 
-def write_golden(folder: Path) -> None:
-    """A full checkpoint and a delta, with every field filled."""
+def write_golden(folder: Path, follows: bool) -> None:
+    """A full checkpoint and a delta, with every field filled, or all but what they follow."""
     schema, rows = TableSchema(4, "bfloat16", (("sum", 1),)), golden_rows()
     record = TableRecord(
         schema=schema,
@@ -114,22 +122,26 @@ def write_golden(folder: Path) -> None:
         item = writer.table("model.embeddings", "item", schema)
         item.write(rows[:3])
         item.write(rows[3:])
-        item.finish(record)
+        item.finish(record, (Ancestor(16, "00112233445566778899aabbccddeeff"),) if follows else None)
+    with Checkpoint(folder / "full") as full:
+        history = (Ancestor(16, None), ancestor_of(full.table("item").record, "item"))
     gone = rows.keys[5:6]
     with CheckpointWriter(folder / "delta", "delta") as writer:
         item = writer.table("model.embeddings", "item", schema)
         item.write(rows[1:3])
         item.write_evicted(gone)
         keys_sum = (record.keys_sum - mix64(int(gone[0]))) % 2**64
-        item.finish(dataclasses.replace(record, clock=20, since=16, table_rows=6, keys_sum=keys_sum))
+        changed = dataclasses.replace(record, clock=20, since=16, table_rows=6, keys_sum=keys_sum)
+        item.finish(changed, history if follows else None)
 
 
+@pytest.mark.parametrize("golden_name", GOLDEN)
 @pytest.mark.parametrize("kind", ["full", "delta"])
-def test_the_golden_checkpoint_is_still_written(kind: str, tmp_path: Path) -> None:
-    write_golden(tmp_path)
+def test_the_golden_checkpoint_is_still_written(kind: str, golden_name: str, tmp_path: Path) -> None:
+    write_golden(tmp_path, golden_name == "version1_follows")
     here, golden = (
         {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        for folder in (tmp_path / kind, GOLDEN / kind)
+        for folder in (tmp_path / kind, GOLDEN[golden_name] / kind)
     )
     documents = [json.loads(files.pop("manifest.json")) for files in (here, golden)]
     assert here == golden
@@ -139,8 +151,10 @@ def test_the_golden_checkpoint_is_still_written(kind: str, tmp_path: Path) -> No
     assert documents[0] == documents[1]
 
 
-def test_the_golden_checkpoint_is_still_read() -> None:
-    with Checkpoint(GOLDEN / "full") as full, Checkpoint(GOLDEN / "delta") as delta:
+@pytest.mark.parametrize("golden_name", GOLDEN)
+def test_the_golden_checkpoint_is_still_read(golden_name: str) -> None:
+    golden = GOLDEN[golden_name]
+    with Checkpoint(golden / "full") as full, Checkpoint(golden / "delta") as delta:
         stored, expected = full.table("item"), golden_rows()
         scan = stored.scan()
         pieces = list(scan)
@@ -154,6 +168,12 @@ def test_the_golden_checkpoint_is_still_read() -> None:
         changed = delta.table("item")
         assert (changed.record.since, changed.record.clock, changed.rows) == (16, 20, 2)
         assert [keys.tolist() for keys in changed.evicted()] == [expected.keys[5:6].tolist()]
+        assert tuple(one.record.digest("item") for one in (stored, changed)) == DIGESTS[golden_name]
+        if golden_name == "version1":
+            assert record.follows is None and changed.record.follows is None
+        else:
+            assert record.follows == (Ancestor(16, "00112233445566778899aabbccddeeff"),)
+            assert changed.record.follows == (Ancestor(16, None), Ancestor(16, DIGESTS[golden_name][0]))
 
 
 def _load_golden(rank: int, world_size: int, folder: str) -> dict[int, int]:
@@ -167,8 +187,9 @@ def _load_golden(rank: int, world_size: int, folder: str) -> dict[int, int]:
     return {key: row[0] for key, row in contents(module)["item"].items()}
 
 
-def test_the_golden_chain_is_still_loaded(tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN, tmp_path / "golden")
+@pytest.mark.parametrize("golden_name", GOLDEN)
+def test_the_golden_chain_is_still_loaded(golden_name: str, tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN[golden_name], tmp_path / "golden")
     rows = golden_rows()
     expected = dict(zip(rows.keys.tolist(), rows.scores.tolist()))
     del expected[int(rows.keys[5])]

@@ -136,6 +136,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another file named": (
         lambda f: _edit(f, lambda d: _table(d)["parts"]["keys"].update(file="../../passwd")), r"file is '../../passwd'",
     ),
+    "lineage no array": (_set(follows=3), r"'follows' is 3"),
+    "lineage no object": (_set(follows=[3]), r"has 3, not an object"),
+    "lineage without step": (_set(follows=[{"digest": None}]), r"'step' is missing"),
+    "lineage before step 0": (_set(follows=[{"step": -1, "digest": None}]), r"'step' is -1, outside"),
+    "lineage no digest": (_set(follows=[{"step": 1, "digest": "abc"}]), r"'abc', not 32 hexadecimal digits"),
     "duplicate keys": (_duplicate, r"t1_keys, offset 80: key -?\d+ occurs twice"),
     "swapped tables": (_swapped, r"t0_keys, offset 0: \d+ keys, which are not the \d+ that the table had|t1_keys"),
     "swapped parts": (

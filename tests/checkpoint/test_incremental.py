@@ -347,7 +347,7 @@ def test_what_is_no_chain_is_not_loaded(own_chain: Path, tmp_path: Path) -> None
         ([full, second, first], ("a gap",)),
         ([full, first, second, first], ("a wrong order", "step 8", "step 12")),
         ([full, first, full], ("can only be the first",)),
-        ([full, str(tmp_path / "other" / "delta1"), second], ("which are not the",)),
+        ([full, str(tmp_path / "other" / "delta1"), second], ("other/delta1", "follows", "chain/full", "one run")),
         ([full, str(tampered), second], ("t1_evicted", "restore the file from a copy")),
     ]
     run_on_ranks(2, _not_loaded, chains)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dynamicemb import DynamicEmbDump, DynamicEmbLoad, DynamicEmbWarning
+from dynamicemb.checkpoint.files.manifest import read_manifest
 from dynamicemb.checkpoint.files.reader import StoredTable
 from dynamicemb.shard.tables import dynamic_tables
 from tests.checkpoint.models import contents, digests, joined, model, train
@@ -46,6 +48,12 @@ def _load(rank: int, world_size: int, folder: str) -> Any:
     return loaded, ranges
 
 
+def _described(path: Path) -> dict[str, Any]:
+    """What the manifest says, but for how the rows were spread; digests, which later deltas follow, included."""
+    tables = read_manifest(path).tables["model.embeddings"]
+    return {name: (dataclasses.replace(one, placement=None), one.digest(name)) for name, one in tables.items()}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("dumps")
@@ -64,6 +72,7 @@ def test_every_row_once_on_its_owner(world_size: int, folder: Path, dumped: dict
         written = digests(folder / f"from{size}")
         assert len(written) == 15
         assert digests(folder / f"from{size}to{world_size}") == written
+        assert _described(folder / f"from{size}to{world_size}") == _described(folder / f"from{size}")
     read: dict[tuple[str, str, str], list[tuple[int, int]]] = {}
     for _, ranges in results:
         for checkpoint, table, part, first, stop in ranges:

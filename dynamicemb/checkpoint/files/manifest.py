@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from dynamicemb.checkpoint.files.entry import Entry, hexadecimal
 from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, Part, TableSchema
 from dynamicemb.errors import CheckpointError
 from dynamicemb.names import natural_order
+from dynamicemb.table.ancestor import Ancestor
 
 __all__ = [
     "FORMAT",
@@ -38,6 +40,8 @@ SEGMENT_ROWS = 65536
 #: More rows than any file system holds, and few enough that no size overflows 64 bits.
 _MAX_ROWS = 2**48
 _MAX_DIM = 2**20
+#: Half of a SHA-256.
+_DIGEST_DIGITS = 32
 
 
 def file_name(table: str, part: str) -> str:
@@ -119,6 +123,7 @@ class TableRecord:
         keys_sum: sum of the mixed keys of the whole table, modulo 2**64; tells whether a chain of deltas is complete.
         since: in a delta: the clock from which on changes are in it. None: everything is.
         placement: how rows were spread over ranks; None for what was not written by a training job.
+        follows: the checkpoints before it that it may be applied to, or that are of its own state; None: not known.
     """
 
     schema: TableSchema
@@ -137,6 +142,13 @@ class TableRecord:
     since: Optional[int] = None
     placement: Optional[Placement] = None
     segment_rows: int = SEGMENT_ROWS
+    follows: Optional[tuple[Ancestor, ...]] = None
+
+    def digest(self, table: str) -> str:
+        """What the table is known by to later checkpoints: everything that is said of it, but for the ranks."""
+        document = dataclasses.replace(self, placement=None).to_json(table)
+        del document["placement"]
+        return hashlib.sha256(_canonical(document)).hexdigest()[:_DIGEST_DIGITS]
 
     @property
     def evicted_rows(self) -> int:
@@ -180,6 +192,7 @@ class TableRecord:
             "keys_sum": f"{self.keys_sum:016x}",
             "since": self.since,
             "placement": None if self.placement is None else dataclasses.asdict(self.placement),
+            **({} if self.follows is None else {"follows": [dataclasses.asdict(one) for one in self.follows]}),
         }
 
     @staticmethod
@@ -226,6 +239,7 @@ class TableRecord:
             keys_sum=entry.hexadecimal("keys_sum", 16),
             since=since,
             placement=_placement(entry),
+            follows=_follows(entry),
         )  # fmt: skip
 
 
@@ -256,9 +270,29 @@ def _placement(entry: Entry) -> Optional[Placement]:
     return Placement(world_size, placement.integer("max_slots", 0, _MAX_ROWS), tuple(slots))
 
 
+def _follows(entry: Entry) -> Optional[tuple[Ancestor, ...]]:
+    if entry.value.get("follows") is None:
+        return None
+    ancestors = []
+    for value in entry.sequence("follows"):
+        if not isinstance(value, dict):
+            raise entry.error(f"'follows' has {value!r}, not an object")
+        one = Entry(entry.path, f"{entry.where}.follows", value)
+        digest = value.get("digest")
+        if digest is not None:
+            hexadecimal(one, "digest", digest, _DIGEST_DIGITS)
+        ancestors.append(Ancestor(one.integer("step", 0), digest))
+    return tuple(ancestors)
+
+
+def _canonical(document: Mapping[str, Any]) -> bytes:
+    """JSON with sorted names and without white space."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
 def _crc32(document: Mapping[str, Any]) -> str:
-    """Of a manifest without its own checksum: over the same JSON with sorted names and without white space."""
-    return f"{zlib.crc32(json.dumps(document, sort_keys=True, separators=(',', ':')).encode()):08x}"
+    """Of a manifest without its own checksum."""
+    return f"{zlib.crc32(_canonical(document)):08x}"
 
 
 @dataclass(frozen=True)

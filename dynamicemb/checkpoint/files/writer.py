@@ -17,6 +17,7 @@ from typing import Optional
 import numpy as np
 
 from dynamicemb.checkpoint.files.crc import Span, SpanSums, crc_of_segments
+from dynamicemb.checkpoint.files.lineage import History, followed
 from dynamicemb.checkpoint.files.manifest import MANIFEST, SEGMENT_ROWS, Manifest, PartRecord, TableRecord, file_name
 from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, Part, Rows, TableSchema
 from dynamicemb.checkpoint.files.staging import Staging
@@ -263,8 +264,13 @@ class SequentialTableWriter:
         if self._evicted is not None:
             self._evicted.close()
 
-    def finish(self, record: TableRecord) -> None:
-        """Completes the table. ``record`` says what the manifest will, but for rows, parts, schema and segments."""
+    def finish(self, record: TableRecord, history: Optional[History] = None) -> None:
+        """Completes the table.
+
+        Args:
+            record: what the manifest will say, but for rows, parts, schema and segments.
+            history: the table's past, of which it then says what it follows; None: what ``record`` says.
+        """
         self._rows.finish()
         self._rows.close()
         parts = part_records(self._schema.parts, [self._rows.spans], self.rows)
@@ -275,4 +281,6 @@ class SequentialTableWriter:
         record = dataclasses.replace(
             record, schema=self._schema, rows=self.rows, parts=parts, segment_rows=SEGMENT_ROWS
         )
+        if history is not None:
+            record = dataclasses.replace(record, follows=followed(history, record, self._table))
         self._checkpoint.add(self._collection, self._table, record)

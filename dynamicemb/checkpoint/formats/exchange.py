@@ -134,7 +134,7 @@ class StrippedSource:
         self.sorted, self.places, self.close = source.sorted, source.places, source.close
         optimizer = dataclasses.replace(source.record.optimizer, saved=False)
         schema = source.record.schema.without_states()
-        self.record = dataclasses.replace(source.record, schema=schema, optimizer=optimizer)
+        self.record = dataclasses.replace(source.record, schema=schema, optimizer=optimizer, follows=None)
 
     def pieces(self) -> Iterator[Rows]:
         for rows in self._source.pieces():
@@ -153,7 +153,9 @@ def described(record: TableRecord) -> dict[str, Any]:
     Ranks and sizes are left out. The inverse of :func:`record_from`.
     """
     parts = {part.name: PartRecord(0, ()) for part in record.schema.parts}
-    bare = dataclasses.replace(record, rows=0, parts=parts, since=None, placement=None, table_rows=0, keys_sum=0)
+    bare = dataclasses.replace(
+        record, rows=0, parts=parts, since=None, placement=None, table_rows=0, keys_sum=0, follows=None
+    )
     return bare.to_json(_ANY_TABLE)
 
 

@@ -269,7 +269,9 @@ def _measure_floats(
 
 
 #: Fields of a record that say where rows were, or that every other difference shows anyway.
-_NOT_SETTINGS = ("schema", "rows", "parts", "placement", "segment_rows", "keys_sum", "optimizer", "counters")
+_NOT_SETTINGS = (
+    "schema", "rows", "parts", "placement", "segment_rows", "keys_sum", "optimizer", "counters", "follows",
+)  # fmt: skip
 
 
 def _flat(record: TableRecord) -> dict[str, Any]:

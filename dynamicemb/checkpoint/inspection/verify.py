@@ -87,6 +87,14 @@ def _notes(folder: Path, manifest: Optional[Manifest]) -> Iterator[str]:
         yield f"{unfinished.name} beside it is a dump that is running, or was ended before it was whole"
     if manifest is None:
         return
+    untold = [f"{name}/{table}" for name, tables in manifest.tables.items() for table, one in tables.items()
+              if one.follows is None]  # fmt: skip
+    if untold:
+        more = f" and {len(untold) - 1} more" if len(untold) > 1 else ""
+        yield (
+            f"{untold[0]}{more} does not say what it follows, as it was converted or written by an earlier version: "
+            "whether a delta is of its run cannot be told"
+        )
     own = set(manifest.files())
     for file in sorted(folder.rglob("*")):
         if not file.is_dir() and str(file.relative_to(folder)) not in own:
