@@ -111,6 +111,10 @@ class UniqueKeys:
     offsets: torch.Tensor
     count: torch.Tensor
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The attributes in their order, from which ``UniqueKeys(*tensors)`` is made again."""
+        return self.keys, self.tables, self.inverse, self.order, self.offsets, self.count
+
     def narrowed(self, count: int) -> UniqueKeys:
         """The valid entries alone, once the host knows their number."""
         return dataclasses.replace(

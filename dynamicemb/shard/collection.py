@@ -168,6 +168,24 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
 
     # ------------------------------------------------------------------------------------------ state
 
+    def reset_parameters(self) -> None:
+        """Begins again: static tables get new first values, as in torchrec, and dynamic tables are emptied.
+
+        An emptied table is as it was when it was made (rows, scores, clock, counters, steps, size), but for what has
+        been set by hand: its learning rate and other hyperparameters, its customized score, and ``requires_grad``. All
+        ranks call it together. Waits for the device.
+        """
+        configs = self._embedding_configs  # type: ignore[has-type]
+        self._embedding_configs = [config for config in configs if config.name not in self._dynamic_tables]
+        try:
+            super().reset_parameters()
+        finally:
+            self._embedding_configs = configs
+        if self._is_complete and self.dynamic_lookup is not None:
+            for group in self.dynamic_lookup.groups:
+                for table in range(len(group.configs)):
+                    group.reset(table)
+
     def _initialize_torch_state(self, **options: bool) -> None:
         # torchrec has the option `skip_registering` from 1.7 on.
         super()._initialize_torch_state(**options)

@@ -10,6 +10,7 @@ features; on several ranks, where a collective takes them as numbers, by one cop
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Optional
 
@@ -30,6 +31,9 @@ __all__ = ["DynamicInputDist"]
 # What a rank that cannot send its ids reports in place of its sizes, so that an error on one rank is an error on all.
 _BAD_KEY_TYPE = -1
 _REPORTS = {_BAD_KEY_TYPE: "ids that are not 32- or 64-bit integers"}
+# Added to the size of the first table by a rank on which no table takes updates, so that all ranks know whether any of
+# them will want gradients of this batch.
+_FROZEN = 1 << 40
 
 
 class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
@@ -40,6 +44,7 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         features_by_table: number of features of each table, in the order of the features.
         send_occurrences: whether any of the tables counts occurrences.
         device: of the ids.
+        takes_gradients: tells whether any of the tables takes updates on this rank.
     """
 
     def __init__(
@@ -48,12 +53,14 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         features_by_table: list[int],
         send_occurrences: bool,
         device: torch.device,
+        takes_gradients: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__()
         self._pg = pg
         self._world_size = 1 if pg is None else pg.size()
         self._features_by_table = features_by_table
         self._send_occurrences = send_occurrences
+        self._takes_gradients = takes_gradients
         # Made once: a tensor from numbers of the host is a copy to the device, and may wait for it.
         table_of_feature = [table for table, features in enumerate(features_by_table) for _ in range(features)]
         self._table_of_feature = torch.tensor(table_of_feature, dtype=torch.int32, device=device)
@@ -87,7 +94,7 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         keys, tables = self._keys_and_tables(sparse_features)
         unique = dedup(keys, tables, len(self._features_by_table), self._world_size)
         assert self._pg is not None
-        return SizesAwaitable(self._pg, unique, self._runs, self._send_occurrences, error)
+        return SizesAwaitable(self._pg, unique, self._runs, self._send_occurrences, error, self._takes_gradients())
 
     def _keys_and_tables(self, features: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys = features.values().long().contiguous()
@@ -153,6 +160,7 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         runs: _Runs,
         send_occurrences: bool,
         error: Optional[KeyTypeError],
+        takes_gradients: bool,
     ) -> None:
         super().__init__()
         self.route = Route(unique=unique)
@@ -161,6 +169,8 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         shape = (2, runs.world_size, runs.num_tables)
         self._sizes = torch.empty(shape, dtype=torch.int64, device=unique.keys.device)
         runs.count(unique, out=self._sizes[0].view(-1))
+        if not takes_gradients:
+            self._sizes[0, :, 0] += _FROZEN
         if error is not None:
             self._sizes[0].fill_(_BAD_KEY_TYPE)
         self._work = dist.all_to_all_single(self._sizes[1], self._sizes[0], group=pg, async_op=True)
@@ -173,12 +183,27 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         for rank, row in enumerate(received):
             if row[0] < 0:
                 raise RemoteRankError(f"rank {rank} of the process group has {_REPORTS[row[0]]}; see its message")
+        takes_gradients = self._without_marks(sent, received)
         self.route.send_counts = [sum(row) for row in sent]
         self.route.receive_counts = [sum(row) for row in received]
         assert self.route.unique is not None
         self.route.unique = self.route.unique.narrowed(sum(self.route.send_counts))
         lengths = self._sizes[1].view(-1)
-        return KeysAwaitable(self._pg, self.route, self._runs.tables, lengths, received, self._send_occurrences)
+        return KeysAwaitable(
+            self._pg, self.route, self._runs.tables, lengths, received, self._send_occurrences, takes_gradients
+        )
+
+    def _without_marks(self, sent: list[list[int]], received: list[list[int]]) -> bool:
+        """Takes the marks of frozen ranks off all sizes. Returns whether any rank has a table that takes updates."""
+        takes_gradients = False
+        for direction, rows in enumerate((sent, received)):
+            for rank, row in enumerate(rows):
+                if row[0] >= _FROZEN:
+                    row[0] -= _FROZEN
+                    self._sizes[direction, rank, 0].sub_(_FROZEN)
+                else:
+                    takes_gradients = True
+        return takes_gradients
 
 
 def _on_host(sizes: torch.Tensor) -> list[list[list[int]]]:
@@ -196,6 +221,7 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
         lengths: int64 [R], keys of each run that arrives.
         runs: the same by sender and table, on the host.
         send_occurrences: whether the keys' occurrences travel beside them.
+        takes_gradients: see :class:`~dynamicemb.shard.route.OwnedKeys`.
     """
 
     def __init__(
@@ -206,11 +232,13 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
         lengths: torch.Tensor,
         runs: list[list[int]],
         send_occurrences: bool,
+        takes_gradients: bool,
     ) -> None:
         super().__init__()
         unique = route.unique
         assert unique is not None
         self._tables, self._lengths, self._runs = tables, lengths, runs
+        self._takes_gradients = takes_gradients
         self._sent = unique.keys.unsqueeze(1)
         if send_occurrences:
             self._sent = torch.stack([unique.keys, unique.offsets.diff()], dim=1)
@@ -227,4 +255,5 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
             tables=torch.repeat_interleave(self._tables, self._lengths, output_size=columns.shape[1]),
             occurrences=columns[1] if columns.shape[0] > 1 else None,
             runs=self._runs,
+            takes_gradients=self._takes_gradients,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Optional
 
 import torch
@@ -18,9 +18,10 @@ from dynamicemb.errors import CapacityError, DynamicEmbWarning
 from dynamicemb.kernels.engine import engine_name
 from dynamicemb.options import DynamicEmbCheckMode
 from dynamicemb.shard.optimizer import DynamicFusedOptimizer
+from dynamicemb.shard.parameter import TableParameter
 from dynamicemb.shard.route import OwnedKeys
 from dynamicemb.table.config import TableConfig
-from dynamicemb.table.function import lookup
+from dynamicemb.table.function import lookup, requires_grad, without_update
 from dynamicemb.table.group import TableGroup
 
 __all__ = ["DynamicLookup", "GroupModule", "group_tables"]
@@ -38,19 +39,31 @@ def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # torch copies a single one, too
 
 
-class GroupModule(nn.Module, FusedOptimizerModule):
-    """A group of tables as a module: its (empty) parameters give torchrec something to name, and autograd an anchor."""
+def _gradient_place(device: torch.device) -> torch.Tensor:
+    """What the fused optimizer shows in place of a parameter: with a gradient, of zero, since what goes over the
+    gradients of an optimizer (torchrec's clipping does) fails where there is none at all."""
+    place = torch.zeros(1, device=device)
+    place.grad = torch.zeros(1, device=device)
+    return place
 
-    def __init__(self, group: TableGroup) -> None:
+
+class GroupModule(nn.Module, FusedOptimizerModule):
+    """A group of tables as a module: its (empty) parameters give torchrec something to name, and autograd an anchor.
+
+    Args:
+        group: the tables.
+        frozen: names of those whose parameters begin without ``requires_grad``.
+    """
+
+    def __init__(self, group: TableGroup, frozen: Collection[str] = ()) -> None:
         super().__init__()
         self.group = group
         dim, device = group.storage.layout.dim, group.device
         self._parameters_by_table = {
-            config.name: nn.Parameter(torch.empty(0, dim, device=device)) for config in group.configs
+            config.name: TableParameter(config.name, dim, device, config.name not in frozen) for config in group.configs
         }
-        self._anchor = next(iter(self._parameters_by_table.values()))
         self._optimizer = DynamicFusedOptimizer(
-            group, {f"{name}.weight": parameter for name, parameter in self._parameters_by_table.items()}
+            group, {f"{name}.weight": _gradient_place(device) for name in self._parameters_by_table}
         )
         for parameter in self._parameters_by_table.values():
             parameter._in_backward_optimizers = [self._optimizer]  # type: ignore[attr-defined]
@@ -73,8 +86,19 @@ class GroupModule(nn.Module, FusedOptimizerModule):
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
         yield from self._parameters_by_table.items()
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether any of the tables takes updates."""
+        return any(requires_grad(self._weights))
+
+    @property
+    def _weights(self) -> list[nn.Parameter]:
+        return list(self._parameters_by_table.values())
+
     def forward(self, keys: torch.Tensor, tables: torch.Tensor, occurrences: Optional[torch.Tensor]) -> torch.Tensor:
-        return lookup(self.group, self._anchor, keys, tables, occurrences, self.training)
+        weights = self._weights
+        anchor = next(itertools.compress(weights, requires_grad(weights)), weights[0])
+        return lookup(self.group, anchor, keys, tables, occurrences, self.training, weights)
 
 
 class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
@@ -85,6 +109,7 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
         pg: ranks that share the tables; None for a single process without one.
         device: where the tables live.
         output_dtype: of the rows that leave the lookup.
+        frozen: names of tables that take no updates until ``requires_grad`` of their parameters is set.
     """
 
     def __init__(
@@ -93,12 +118,15 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
         pg: Optional[dist.ProcessGroup],
         device: torch.device,
         output_dtype: torch.dtype,
+        frozen: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.process_group = pg
         self._output_dtype = output_dtype
         world_size = 1 if pg is None else pg.size()
-        self.group_modules = nn.ModuleList(GroupModule(TableGroup(configs, world_size, device)) for configs in groups)
+        self.group_modules = nn.ModuleList(
+            GroupModule(TableGroup(configs, world_size, device), frozen) for configs in groups
+        )
         self._checked = any(
             config.safe_check_mode is not DynamicEmbCheckMode.IGNORE for configs in groups for config in configs
         )
@@ -114,7 +142,8 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
             sparse_features: keys that this rank owns.
 
         Returns:
-            [N, dim] in ``output_dtype``, in the order of the keys.
+            [N, dim] in ``output_dtype``, in the order of the keys. They require a gradient if a table takes updates (on
+            any rank, since ranks exchange gradients together), in evaluation too, where a gradient changes nothing.
 
         Raises:
             CapacityError: keys were refused, on any rank, in a table whose safe_check_mode is ERROR.
@@ -126,7 +155,21 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
             rows = self._lookup_by_group(sparse_features)
         if before is not None:
             self._check_refused(self._refused() - before)
-        return rows.to(self._output_dtype)
+        return self._in_graph(rows, sparse_features).to(self._output_dtype)
+
+    def takes_gradients(self) -> bool:
+        """Whether any table takes updates on this rank."""
+        return any(module.takes_gradients for module in self.group_modules)
+
+    def _in_graph(self, rows: torch.Tensor, owned: OwnedKeys) -> torch.Tensor:
+        """``rows``, part of a graph where they should be."""
+        if not torch.is_grad_enabled():
+            return rows
+        wanted = self.takes_gradients() if owned.takes_gradients is None else owned.takes_gradients
+        if rows.requires_grad == wanted:
+            return rows
+        # Where tables have been frozen or set free since the ranks agreed, this batch goes by what they agreed on.
+        return without_update(rows) if wanted else rows.detach()
 
     def _lookup_by_group(self, owned: OwnedKeys) -> torch.Tensor:
         """Each sender's keys are in the order of the tables, so a group's keys are one range from each sender."""

@@ -31,10 +31,10 @@ class DynamicFusedOptimizer(FusedOptimizer):
 
     Args:
         group: the tables.
-        parameters: an (empty) parameter by ``<table>.weight``, in the order of the group's tables.
+        parameters: a tensor by ``<table>.weight`` that stands for the table, in the order of the group's tables.
     """
 
-    def __init__(self, group: TableGroup, parameters: dict[str, torch.nn.Parameter]) -> None:
+    def __init__(self, group: TableGroup, parameters: dict[str, torch.Tensor]) -> None:
         self._group = group
         self._applied = [config.optimizer.learning_rate for config in group.configs]
         self._told: set[str] = set()

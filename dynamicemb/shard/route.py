@@ -31,7 +31,7 @@ class Route(Multistreamable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         if self.unique is not None:
-            for tensor in vars(self.unique).values():
+            for tensor in self.unique.tensors():
                 _record(tensor, stream)
 
 
@@ -47,12 +47,15 @@ class OwnedKeys(Multistreamable):
         tables: int32 [N], index of each key's table in the sharding.
         occurrences: int64 [N], how often the sender met the key; None where every entry counts once.
         runs: entries of each table from each sender, ``runs[sender][table]``; they add up to N.
+        takes_gradients: whether the ranks exchange gradients of this batch, because a table takes updates on any of
+            them; None on a single rank, where nothing is to be agreed on.
     """
 
     keys: torch.Tensor
     tables: torch.Tensor
     occurrences: Optional[torch.Tensor]
     runs: list[list[int]]
+    takes_gradients: Optional[bool] = None
 
     def lengths(self) -> torch.Tensor:
         """None at all: torchrec notes them for its own output distributions, which have no part in this."""

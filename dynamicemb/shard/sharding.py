@@ -96,13 +96,18 @@ class DynamicSequenceSharding(EmbeddingSharding[DynamicShardingContext, OwnedKey
         #: The tables in the order of their groups, which is the order of features and of table numbers.
         self._infos = [info_by_name[config.name] for configs in self._groups for config in configs]
         self._output_dtype = _output_dtype(self._infos)
+        self._frozen = [info.embedding_config.name for info in self._infos if not info.param.requires_grad]
+        self._lookup: Optional[DynamicLookup] = None
 
     def create_input_dist(self, device: Optional[torch.device] = None) -> BaseSparseFeaturesDist[OwnedKeys]:
         counts_occurrences = any(
             config.evict_strategy is DynamicEmbEvictStrategy.LFU for configs in self._groups for config in configs
         )
         features_by_table = [len(info.embedding_config.feature_names) for info in self._infos]
-        return DynamicInputDist(self._pg, features_by_table, counts_occurrences, device or self._device)
+        assert self._lookup is not None, "torchrec makes the lookups first"
+        return DynamicInputDist(
+            self._pg, features_by_table, counts_occurrences, device or self._device, self._lookup.takes_gradients
+        )
 
     def create_lookup(
         self,
@@ -110,7 +115,8 @@ class DynamicSequenceSharding(EmbeddingSharding[DynamicShardingContext, OwnedKey
         fused_params: Optional[dict[str, Any]] = None,
         feature_processor: Optional[Any] = None,
     ) -> BaseEmbeddingLookup[OwnedKeys, torch.Tensor]:
-        return DynamicLookup(self._groups, self._pg, device or self._device, self._output_dtype)
+        self._lookup = DynamicLookup(self._groups, self._pg, device or self._device, self._output_dtype, self._frozen)
+        return self._lookup
 
     def create_output_dist(
         self, device: Optional[torch.device] = None

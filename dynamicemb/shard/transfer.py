@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.types import Awaitable, QuantizedCommCodec, QuantizedCommCodecs
 
@@ -44,27 +45,63 @@ class _Exchange:
         return received.view(-1, self._dim)
 
 
+class _Directions:
+    """The exchange of rows, and later that of their gradients. Part of the graph, so it keeps no tensors but those that
+    are under way."""
+
+    def __init__(
+        self,
+        send_counts: list[int],
+        receive_counts: list[int],
+        pg: dist.ProcessGroup,
+        codecs: Optional[QuantizedCommCodecs],
+        dtype: torch.dtype,
+    ) -> None:
+        self._send_counts, self._receive_counts, self._pg, self._dtype = send_counts, receive_counts, pg, dtype
+        self._codecs = (None, None) if codecs is None else (codecs.forward, codecs.backward)
+        self._under_way: Optional[_Exchange] = None
+
+    def start(self, rows: torch.Tensor) -> None:
+        self._under_way = _Exchange(rows, self._send_counts, self._receive_counts, self._pg, self._codecs[0])
+
+    def start_backward(self, gradients: torch.Tensor) -> None:
+        self._under_way = _Exchange(gradients, self._receive_counts, self._send_counts, self._pg, self._codecs[1])
+
+    def finish(self) -> torch.Tensor:
+        assert self._under_way is not None, "nothing is under way"
+        exchange, self._under_way = self._under_way, None
+        return exchange.wait()
+
+    def finish_backward(self) -> torch.Tensor:
+        gradients = self.finish()
+        if get_gradient_division():
+            gradients = gradients.div_(self._pg.size())
+        return gradients.to(self._dtype)
+
+
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, transfer: RowTransfer) -> torch.Tensor:
-        ctx.transfer = transfer
-        transfer.start(rows)
+    def forward(ctx: Any, rows: torch.Tensor, directions: _Directions) -> torch.Tensor:
+        ctx.directions = directions
+        directions.start(rows)
         return rows.new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.transfer.finish_backward(), None
+        return ctx.directions.finish_backward(), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, transfer: RowTransfer) -> torch.Tensor:
-        ctx.transfer = transfer
-        return transfer.finish()
+    def forward(ctx: Any, token: torch.Tensor, directions: _Directions) -> torch.Tensor:
+        ctx.directions = directions
+        return directions.finish()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.transfer.start_backward(gradients)
+        ctx.directions.start_backward(gradients)
         return gradients.new_empty(0), None
 
 
@@ -90,31 +127,9 @@ class RowTransfer(Awaitable[torch.Tensor]):
         codecs: Optional[QuantizedCommCodecs],
     ) -> None:
         super().__init__()
-        self._send_counts, self._receive_counts, self._pg = send_counts, receive_counts, pg
-        self._codecs = (None, None) if codecs is None else (codecs.forward, codecs.backward)
-        self._dtype = rows.dtype
-        self._under_way: Optional[_Exchange] = None
-        self._token = _Start.apply(rows, self)
+        # The graph must not lead back to this object, which has the token: nothing would ever free the two.
+        self._directions = _Directions(send_counts, receive_counts, pg, codecs, rows.dtype)
+        self._token = _Start.apply(rows, self._directions)
 
     def _wait_impl(self) -> torch.Tensor:
-        return _Finish.apply(self._token, self)
-
-    def start(self, rows: torch.Tensor) -> None:
-        self._under_way = _Exchange(rows, self._send_counts, self._receive_counts, self._pg, self._codecs[0])
-
-    def finish(self) -> torch.Tensor:
-        return self._take()
-
-    def start_backward(self, gradients: torch.Tensor) -> None:
-        self._under_way = _Exchange(gradients, self._receive_counts, self._send_counts, self._pg, self._codecs[1])
-
-    def finish_backward(self) -> torch.Tensor:
-        gradients = self._take()
-        if get_gradient_division():
-            gradients = gradients.div_(self._pg.size())
-        return gradients.to(self._dtype)
-
-    def _take(self) -> torch.Tensor:
-        assert self._under_way is not None, "nothing is under way"
-        exchange, self._under_way = self._under_way, None
-        return exchange.wait()
+        return _Finish.apply(self._token, self._directions)

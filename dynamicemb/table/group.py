@@ -6,6 +6,7 @@ decides about growth; everything that changes in a step is on the device.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -132,6 +133,8 @@ class TableGroup:
         )
         #: For checkpoints of what has changed since an earlier one.
         self.changes = GroupChanges(self.storage, self.clock, self.evict_strategy is DynamicEmbEvictStrategy.LRU)
+        # Tables that take the update under way, bool [T], where not all of them do; and the same on the host.
+        self._trained, self._trained_on_host = torch.ones(tables, dtype=torch.bool, device=device), [True] * tables
         # Keys by what became of them, int64 [T, len(KeyStatus)].
         self._outcomes = torch.zeros(tables, len(KeyStatus), dtype=torch.int64, device=device)
         # Changes whenever slots found earlier may belong to another key now.
@@ -185,7 +188,9 @@ class TableGroup:
         missing = initial_rows(keys, tables, self._eval_initializer, layout.dim, layout.embedding_dtype)
         return torch.where((slots == NO_SLOT).unsqueeze(1), missing, rows)
 
-    def apply_gradients(self, lookup: TrainingLookup, gradients: torch.Tensor) -> None:
+    def apply_gradients(
+        self, lookup: TrainingLookup, gradients: torch.Tensor, trained: Optional[Sequence[bool]] = None
+    ) -> None:
         """One optimizer step for every distinct key of a training lookup.
 
         If other lookups came in between, the keys are looked up again; one that has been evicted meanwhile has no row
@@ -194,13 +199,22 @@ class TableGroup:
         Args:
             lookup: of the batch.
             gradients: [N, dim], of the rows that the lookup returned.
+            trained: for each table whether it takes the step; the others stay as they are, their count of steps too.
+                None: all.
         """
-        self.steps += 1
+        if trained is not None and not any(trained):
+            return
         slots = lookup.slots
         if lookup.generation != self._generation:
             found = find(self.storage.view, lookup.unique)
             # A key that was refused read as zeros: its gradient is not that of a row that it may have by now.
             slots = torch.where(slots == NO_SLOT, slots, found)
+        if trained is None:
+            self.steps += 1
+        else:
+            takes_step = self._on_device(trained)
+            self.steps += takes_step
+            slots = torch.where(takes_step.index_select(0, lookup.unique.tables), slots, NO_SLOT)
         update(
             self.storage.view, lookup.unique, slots, gradients.contiguous(), self.hyperparameters, self.steps,
             self._weight_decay_mode,
@@ -208,6 +222,14 @@ class TableGroup:
         self.changes.updated(lookup.number, lookup.unique, slots)
 
     # ------------------------------------------------------------------------------------------------ steps
+
+    def _on_device(self, trained: Sequence[bool]) -> torch.Tensor:
+        """bool [T]. Written where it has changed, without a copy from the host, so that nothing waits."""
+        for table, takes_step in enumerate(trained):
+            if takes_step != self._trained_on_host[table]:
+                self._trained[table].fill_(takes_step)
+                self._trained_on_host[table] = takes_step
+        return self._trained
 
     def _scores(self, unique: UniqueKeys, counts: Optional[torch.Tensor]) -> torch.Tensor:
         """int64 [U]: what a touched key's score becomes (LFU: grows by) and a new key's score begins with."""
@@ -300,6 +322,12 @@ class TableGroup:
         self._size_bounds[table] = rows
         self._generation += 1
         self.changes.restart(table)
+
+    def reset(self, table: int) -> None:
+        """Empties a table: it is as it was when it was made, but for hyperparameters and the customized score."""
+        self.contents(table).clear(self.configs[table].geometry())
+        before = self.progress(table)
+        self.restore(table, dataclasses.replace(before, clock=0, steps=0, hits=0, evicted=0, refused=0), rows=0)
 
     def set_learning_rate(self, table: int, learning_rate: float) -> None:
         """Takes effect with the next update. Does not synchronise."""

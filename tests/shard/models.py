@@ -34,7 +34,8 @@ STATIC = ParameterConstraints(sharding_types=["row_wise"])
 
 def rank_device() -> torch.device:
     """Where this rank's tables are: on its GPU if the ranks are joined by NCCL, else in host memory."""
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else CPU
+    joined_by_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if joined_by_nccl else CPU
 
 
 def table(name: str, num_embeddings: int = 1000, dim: int = 8, features: Sequence[str] = ()) -> EmbeddingConfig:

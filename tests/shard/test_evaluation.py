@@ -61,9 +61,14 @@ def evaluate(rank: int, world_size: int) -> None:
     many = torch.arange(5000)
     for features in (dict.fromkeys(names, KNOWN), dict.fromkeys(names, UNKNOWN), dict.fromkeys(names, many)):
         output = rows(model, one_sample(features))
-        assert not any(values.requires_grad for values in output.values())
+        # As torchrec's rows in evaluation, they are part of a graph; the end of that changes nothing.
+        loss = torch.stack([number * values.sum() for number, values in enumerate(output.values())]).sum()
+        gradients = torch.autograd.grad(loss, list(output.values()), retain_graph=True)
+        assert [set(gradient.flatten().tolist()) for gradient in gradients] == [{0.0}, {1.0}, {2.0}]
+        loss.backward()
     with torch.no_grad():
         output = rows(model, one_sample(dict.fromkeys(names, torch.cat([KNOWN, UNKNOWN, KNOWN]))))
+        assert not any(values.requires_grad for values in output.values())
     after = state(model)
     assert len(before) == len(after) and all(torch.equal(*pair) for pair in zip(before, after))
     assert table_statistics(model) == statistics and get_score(model) == score
