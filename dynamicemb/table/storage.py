@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,10 +77,22 @@ class GroupStorage:
             self._store_geometry(table)
 
     def _add_chunk(self, table: int, slots: int) -> None:
-        chunk = Chunk.allocate(slots, self.layout, self.device)
-        column = table * MAX_CHUNKS + len(self.chunks[table])
-        self.view.addresses[:, column] = torch.tensor(chunk.addresses(), dtype=torch.int64).to(self.device)
-        self.chunks[table].append(chunk)
+        self.chunks[table].append(Chunk.allocate(slots, self.layout, self.device))
+        self._store_addresses(table, len(self.chunks[table]) - 1)
+
+    def _store_addresses(self, table: int, number: int) -> None:
+        addresses = torch.tensor(self.chunks[table][number].addresses(), dtype=torch.int64)
+        self.view.addresses[:, table * MAX_CHUNKS + number] = addresses.to(self.device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupStorage:
+        """With addresses of its own memory: a copy of the old ones would lead to the rows of the original."""
+        result = memo[id(self)] = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(result, name, copy.deepcopy(value, memo))
+        for table, chunks in enumerate(result.chunks):
+            for number in range(len(chunks)):
+                result._store_addresses(table, number)
+        return result
 
     def _store_geometry(self, table: int) -> None:
         size = self.geometries[table]
