@@ -7,7 +7,10 @@
 #   NPROC        processes that `demo` starts; 2, or 1 with a single GPU
 #   DATA         files or a folder for `demo`; without it the demo generates its rows
 #   SAVE         where `demo` saves its run; empty: nowhere
-#   ARGS         further arguments for `demo`, `test`, `test-gpu`, `bench`, `bench-gpu` and `aot`
+#   WORKERS      processes that `test` runs tests in; one for each processor, 4 at most, or 1 with a GPU, which they would
+#                share
+#   SEED         seed of `explore`; another each time
+#   ARGS         further arguments for `demo`, `test`, `test-gpu`, `explore`, `matrix`, `bench`, `bench-gpu` and `aot`
 
 PYTHON ?= python3
 STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -29,7 +32,12 @@ PROCESSORS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo
 # torchrun would give every process a single thread.
 THREADS := $(shell threads=$$(( $(PROCESSORS) / $(NPROC) )); echo $$(( threads > 0 ? threads : 1 )))
 
-.PHONY: help setup demo test test-gpu check format bench bench-gpu aot clean
+WORKERS ?= $(if $(filter cuda,$(STACK)),1,$(shell echo $$(( $(PROCESSORS) < 4 ? $(PROCESSORS) : 4 ))))
+# Whole files go to a worker, since their tests share what takes long to make, in the order of tests/conftest.py.
+PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
+SEED ?= $(shell $(PYTHON) -c 'import random; print(random.randrange(2**32))')
+
+.PHONY: help setup demo test test-gpu explore matrix check format bench bench-gpu aot clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -65,13 +73,22 @@ $(OLDEST_TRITON): | setup
 	$(PIP_INSTALL) --no-deps --target $@.partial triton==$(OLDEST_TRITON:$(VENV)/triton-%=%)
 	mv $@.partial $@
 
-test: setup $(if $(filter Linux,$(shell uname -s)),$(OLDEST_TRITON)) ## run the tests (ARGS="-k name" for some of them)
-	$(BIN)/python -m pytest $(ARGS)
+test: setup $(if $(filter Linux,$(shell uname -s)),$(OLDEST_TRITON)) ## run the tests (ARGS="-m 'not slow'" for the fast ones, ARGS="-k name" for some)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-gpu: setup ## run the tests that need an NVIDIA GPU
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
 		"make test-gpu needs an NVIDIA GPU, and PyTorch built for CUDA (make setup STACK=cuda)")'
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# One seed for the line that says it and for the run.
+explore: SEED := $(SEED)
+explore: setup ## let Hypothesis try more examples than `test` does, other ones each time (SEED=... repeats a run)
+	@echo "make explore SEED=$(SEED)"
+	$(BIN)/python -m pytest $(PARALLEL) -m hypothesis --hypothesis-profile explore --hypothesis-seed $(SEED) $(ARGS)
+
+matrix: setup ## run the fast tests with other releases of torch, fbgemm and torchrec (ARGS="--help" for the choices)
+	$(BIN)/python tests/matrix.py $(ARGS)
 
 check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .

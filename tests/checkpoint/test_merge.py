@@ -23,6 +23,7 @@ from dynamicemb.checkpoint.merge import merge
 from dynamicemb.checkpoint.passes import problems_of
 from dynamicemb.kernels.hashing import owner_range
 from tests.checkpoint.histories import COLLECTION, SCHEMA, History, files
+from tests.exploring import examples
 from tests.oracle import mix64
 
 
@@ -36,7 +37,9 @@ KEYS = st.integers(-40, 40)
 STEP = st.tuples(st.dictionaries(KEYS, st.integers(0, 1000), max_size=12), st.sets(KEYS, max_size=8))
 #: A dump after some steps; how far before the last one it begins.
 DUMP = st.tuples(st.lists(STEP, max_size=4), st.integers(0, 3))
-PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(
+    max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def written(folder: Path, dumps: list[tuple[list, int]]) -> tuple[History, list[Path]]:

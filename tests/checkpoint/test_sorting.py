@@ -15,6 +15,7 @@ from dynamicemb.checkpoint.formats import sorting
 from dynamicemb.checkpoint.formats.sorting import DuplicateKey, sorted_pieces
 from dynamicemb.errors import CheckpointError
 from tests.checkpoint.tables import random_keys, random_rows
+from tests.exploring import examples
 from tests.oracle import mix64, unmix64
 
 SCHEMA = TableSchema(2, "float16", (("sum", 1),))
@@ -53,7 +54,7 @@ def check(keys: np.ndarray, folder: Path, piece_rows: int) -> None:
     assert not folder.exists()
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(keys=st.lists(KEYS, max_size=60, unique=True), piece_rows=st.integers(1, 30))
 def test_any_keys(tmp_path_factory: pytest.TempPathFactory, keys: list[int], piece_rows: int) -> None:
     check(np.array(keys, np.int64), tmp_path_factory.mktemp("sort") / "scratch", piece_rows)

@@ -18,6 +18,7 @@ from dynamicemb.checkpoint.inspection.compare import compare
 from tests.checkpoint.histories import History
 from tests.cli.checkpoints import Arrays, file, flip, table, write
 from tests.cli.command import dynamicemb
+from tests.exploring import examples
 from tests.oracle import mix64
 
 
@@ -147,7 +148,7 @@ def test_a_damaged_checkpoint_is_an_error_not_a_difference(tmp_path: Path) -> No
 KEYS = st.dictionaries(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 20), st.integers(0, 3), max_size=40)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(KEYS, KEYS, st.integers(8, 400))
 def test_any_two_tables(tmp_path_factory: pytest.TempPathFactory, a: dict, b: dict, piece_bytes: int) -> None:
     folder = tmp_path_factory.mktemp("any")

@@ -52,7 +52,7 @@ def test_an_error_on_ranks_is_one_line_from_rank_0(tmp_path: Path) -> None:
 
 
 def test_a_function_with_its_own_group_and_chosen_tables(dumped: Path, tmp_path: Path) -> None:
-    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29577"}
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     code = (
         "import json, os, sys; os.environ.update(json.loads(sys.argv[1])); "
         "from tests.cli.command import dynamicemb; "

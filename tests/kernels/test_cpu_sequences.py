@@ -18,6 +18,7 @@ from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
 from dynamicemb.kernels.views import InitializerView, KeyStatus, UniqueKeys
 from tests import oracle
+from tests.exploring import examples
 from tests.kernels.keys import key_pool
 from tests.kernels.memory import GroupMemory
 from tests.kernels.paired import PairedGroup, int64
@@ -115,7 +116,7 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTableMachine = TableMachine.TestCase
-TestTableMachine.settings = settings(max_examples=60, stateful_step_count=25)
+TestTableMachine.settings = settings(max_examples=examples(60), stateful_step_count=25)
 
 
 def test_the_order_of_a_batch_does_not_matter() -> None:

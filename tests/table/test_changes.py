@@ -15,6 +15,7 @@ from dynamicemb import DynamicEmbEvictStrategy
 from dynamicemb.table import change_log
 from dynamicemb.table.filling import HostRows, TableFilling
 from dynamicemb.table.group import TableGroup
+from tests.exploring import examples
 from tests.oracle import mix64
 from tests.steady_state import META, Step, meta_memory, recorded
 from tests.table.groups import DIM, config, group_of, train
@@ -66,7 +67,7 @@ class Watched:
         assert changes.evicted(table, since).tolist() == sorted(gone, key=mix64)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.sampled_from(DynamicEmbEvictStrategy), st.booleans(), SEEDS, st.integers(0, 4), st.integers(0, 12))
 def test_everything_since_any_step_is_known(
     strategy: DynamicEmbEvictStrategy, grows: bool, seed: int, first: int, steps: int
@@ -88,7 +89,7 @@ def test_everything_since_any_step_is_known(
             watched.assert_known(table, since)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.sampled_from(DynamicEmbEvictStrategy), SEEDS, st.integers(1, 60), st.integers(0, 12))
 def test_what_no_longer_fits_is_not_claimed_to_be_known(
     strategy: DynamicEmbEvictStrategy, seed: int, size: int, steps: int

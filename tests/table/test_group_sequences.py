@@ -13,6 +13,7 @@ from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.group import TableCounters, TableGroup, TrainingLookup
 from dynamicemb.table.optimizers import OptimizerConfig
+from tests.exploring import examples
 from tests.oracle import mix64, signed
 from tests.table.replay import GroupReplay, Pending, Size
 
@@ -99,7 +100,7 @@ class Both:
             self.check_rows(stored.embeddings, self.model.read([(index, key) for key in stored.keys.tolist()]))
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(
     strategy=st.sampled_from(list(DynamicEmbEvictStrategy)),
     table_sizes=st.lists(sizes, min_size=1, max_size=3),
