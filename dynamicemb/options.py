@@ -1,13 +1,16 @@
-"""What a user can say about a dynamic table: plain data, checked on construction, free of torchrec."""
+"""What a user can say about a dynamic table: plain data, checked on construction and assignment, free of torchrec."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
 import math
+import numbers
+import operator
 import warnings
 from dataclasses import dataclass, field
-from typing import Optional
+from statistics import NormalDist
+from typing import Any, Optional
 
 import torch
 
@@ -15,21 +18,48 @@ from dynamicemb.errors import ConfigError, DynamicEmbWarning
 
 __all__ = [
     "BUCKET_CAPACITIES",
+    "DIM_MULTIPLE",
     "EMBEDDING_DTYPES",
     "INDEX_DTYPES",
+    "MAX_CAPACITY",
+    "MAX_DIM",
     "DynamicEmbCheckMode",
     "DynamicEmbEvictStrategy",
     "DynamicEmbInitializerArgs",
     "DynamicEmbInitializerMode",
     "DynamicEmbTableOptions",
+    "check_row_width",
 ]
 
 #: Slots per bucket that the kernels are built for: powers of two, at least one 8-byte word of digests.
 BUCKET_CAPACITIES = (8, 16, 32, 64, 128, 256)
+#: Columns of a row come in groups of this many: one 128-bit access of float32.
+DIM_MULTIPLE = 4
+#: Widest row that the kernels are built for.
+MAX_DIM = 1024
+#: Most rows of a table on one rank: the bits that a slot handle has for them.
+MAX_CAPACITY = 2**40
 #: Dtypes in which rows can be stored. Optimizer state is always float32.
 EMBEDDING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Dtypes of ids that are accepted; all of them are widened (uint64: reinterpreted) to int64.
 INDEX_DTYPES = (torch.int64, torch.int32, torch.uint64)
+#: What other implementations write for a number that is not given.
+_UNSET = -1
+
+
+def check_row_width(dim: object, name: str = "dim") -> None:
+    """Check that the kernels support rows of ``dim`` columns; ``name`` is what the message calls them.
+
+    Raises:
+        ConfigError: ``dim`` is not a multiple of :data:`DIM_MULTIPLE` between that and :data:`MAX_DIM`.
+    """
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise ConfigError(f"{name}={dim!r} is not a positive integer")
+    if dim > MAX_DIM:
+        raise ConfigError(f"{name}={dim} is above {MAX_DIM}, the widest row that kernels support; lower it")
+    if dim <= 0 or dim % DIM_MULTIPLE:
+        nearest = max(DIM_MULTIPLE, -(-dim // DIM_MULTIPLE) * DIM_MULTIPLE)
+        raise ConfigError(f"{name}={dim} is not a positive multiple of {DIM_MULTIPLE}; use {nearest}")
 
 
 class DynamicEmbCheckMode(enum.IntEnum):
@@ -66,8 +96,41 @@ class DynamicEmbEvictStrategy(enum.Enum):
     CUSTOMIZED = "customized"
 
 
-@dataclass(frozen=True)
-class DynamicEmbInitializerArgs:
+class _Checked:
+    """Fields may be assigned after construction, with the checks of the constructor; a refused value changes nothing.
+
+    A table is built from a copy, so what is assigned later reaches the next plan, not the tables of an earlier one.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:  # type: ignore[attr-defined]
+            known = ", ".join(self.__dataclass_fields__)  # type: ignore[attr-defined]
+            raise ConfigError(f"{type(self).__name__} has no field {name}; its fields are {known}")
+        if name not in self.__dict__:  # the constructor checks when it has all of them
+            self.__dict__[name] = value
+            return
+        before = dict(self.__dict__)
+        self.__dict__[name] = value
+        try:
+            self._check()
+        except ConfigError:
+            self.__dict__.update(before)
+            raise
+        self._warn(stacklevel=3)
+
+    def __post_init__(self) -> None:
+        self._check()
+        self._warn(stacklevel=4)
+
+    def _check(self) -> None:
+        """Raises a ConfigError, or brings the fields into their normal form."""
+
+    def _warn(self, stacklevel: int) -> None:
+        """Warns about fields that change nothing."""
+
+
+@dataclass(unsafe_hash=True)
+class DynamicEmbInitializerArgs(_Checked):
     """Parameters of an initializer; which ones matter depends on ``mode``.
 
     Attributes:
@@ -78,7 +141,8 @@ class DynamicEmbInitializerArgs:
         value: of CONSTANT.
 
     Raises:
-        ConfigError: a parameter is not finite, ``std_dev`` is negative, or ``lower`` is above ``upper``.
+        ConfigError: a parameter is not a finite float32 number, ``std_dev`` is negative, ``lower`` is above ``upper``,
+            or a normal distribution has nothing between them.
     """
 
     mode: DynamicEmbInitializerMode = DynamicEmbInitializerMode.UNIFORM
@@ -88,25 +152,41 @@ class DynamicEmbInitializerArgs:
     upper: Optional[float] = None
     value: float = 0.0
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         _require_kind("initializer mode", self.mode, DynamicEmbInitializerMode)
         for name in ("mean", "std_dev", "lower", "upper", "value"):
             number = getattr(self, name)
-            if number is not None and not math.isfinite(number):
+            if number is None and name in ("lower", "upper"):
+                continue
+            if not _is_number(number) or not math.isfinite(number):
                 raise ConfigError(f"initializer {name}={number} is not a finite number")
+            if abs(number) > torch.finfo(torch.float32).max:
+                raise ConfigError(f"initializer {name}={number} is outside the range of float32; use a smaller number")
         if self.std_dev < 0:
             raise ConfigError(f"initializer std_dev={self.std_dev} is negative; use 0 or more")
-        if self.lower is not None and self.upper is not None and self.lower > self.upper:
-            raise ConfigError(f"initializer lower={self.lower} is above upper={self.upper}; exchange them")
+        if self.lower is not None and self.upper is not None:
+            self._check_bounds(self.lower, self.upper)
+
+    def _check_bounds(self, lower: float, upper: float) -> None:
+        if lower > upper:
+            raise ConfigError(f"initializer lower={lower} is above upper={upper}; exchange them")
+        if self.mode is not DynamicEmbInitializerMode.TRUNCATED_NORMAL or self.std_dev == 0 or lower == upper:
+            return
+        distribution = NormalDist(self.mean, self.std_dev)
+        if distribution.cdf(lower) == distribution.cdf(upper):
+            raise ConfigError(
+                f"initializer lower={lower} and upper={upper} are so far from mean={self.mean} with "
+                f"std_dev={self.std_dev} that no number between them can be drawn; move them, or use UNIFORM"
+            )
 
     def resolved(self, num_embeddings: int) -> DynamicEmbInitializerArgs:
-        """These arguments with the default bounds filled in for a table of ``num_embeddings`` rows over all ranks."""
+        """A copy with the default bounds filled in, for a table of ``num_embeddings`` rows over all ranks."""
         if self.mode is DynamicEmbInitializerMode.UNIFORM:
             default_lower, default_upper = -math.sqrt(1.0 / num_embeddings), math.sqrt(1.0 / num_embeddings)
         elif self.mode is DynamicEmbInitializerMode.TRUNCATED_NORMAL:
             default_lower, default_upper = self.mean - 2.0 * self.std_dev, self.mean + 2.0 * self.std_dev
         else:
-            return self
+            return dataclasses.replace(self)
         return dataclasses.replace(
             self,
             lower=default_lower if self.lower is None else self.lower,
@@ -117,6 +197,7 @@ class DynamicEmbInitializerArgs:
 # Fields that exist so that code written for other implementations keeps running. They change nothing here, because the
 # thing they tune does not exist in this design; a value other than the default warns once per field.
 _NO_EFFECT = {
+    "index_type": "ids of every integer dtype of 32 or 64 bits are accepted, and kept as 64-bit keys",
     "score_type": "scores are 64-bit integers",
     "device_id": "the device is the one that torchrec shards to",
     "global_hbm_for_values": "all rows live on the table's device",
@@ -131,13 +212,16 @@ _NO_EFFECT = {
 _warned_fields: set[str] = set()
 
 
-@dataclass(frozen=True)
-class DynamicEmbTableOptions:
+@dataclass(unsafe_hash=True)
+class DynamicEmbTableOptions(_Checked):
     """Options of one dynamic table. All of them have defaults; a table works with none given.
 
+    Fields may be assigned after construction, with the same checks. Where an integer may be None, -1 means None too.
+
     Attributes:
-        index_type: dtype of the ids: int64, int32 or uint64. Narrower ids are widened, uint64 is reinterpreted, so
-            every 64-bit pattern is a key of its own.
+        index_type: accepted for compatibility, no effect: ids of every integer dtype of 32 or 64 bits are accepted,
+            whatever it says. Narrower ids are widened, uint64 is reinterpreted, so every 64-bit pattern is a key of
+            its own.
         embedding_dtype: dtype of the stored rows: float32, float16 or bfloat16. None: the dtype of the torchrec config.
         score_type: accepted for compatibility, no effect: scores are 64-bit integers.
         device_id: accepted for compatibility, no effect: the device is the one that torchrec shards to.
@@ -189,34 +273,48 @@ class DynamicEmbTableOptions:
     seed: int = 0
     eval_initializer_args: Optional[DynamicEmbInitializerArgs] = None
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
+        self._normalize()
         _require_one_of("index_type", self.index_type, INDEX_DTYPES)
         _require_one_of("score_type", self.score_type, (torch.int64, torch.uint64))
         if self.embedding_dtype is not None:
             _require_one_of("embedding_dtype", self.embedding_dtype, EMBEDDING_DTYPES)
         _require_one_of("bucket_capacity", self.bucket_capacity, BUCKET_CAPACITIES)
-        for name in ("dim", "max_capacity", "init_capacity"):
-            _require_positive(name, getattr(self, name))
-        if not 0.0 < self.max_load_factor <= 1.0:
+        if self.dim is not None:
+            check_row_width(self.dim)
+        for name in ("max_capacity", "init_capacity"):
+            _require_capacity(name, getattr(self, name))
+        if not _is_number(self.max_load_factor) or not 0.0 < self.max_load_factor <= 1.0:
             raise ConfigError(f"max_load_factor={self.max_load_factor} is outside (0, 1]; the default is 0.5")
         if self.max_capacity is not None and self.init_capacity is not None and self.init_capacity > self.max_capacity:
             raise ConfigError(
                 f"init_capacity={self.init_capacity} is above max_capacity={self.max_capacity}; "
                 "lower it, or leave it out to allocate max_capacity at once"
             )
-        if not -(2**63) <= self.seed < 2**64:
-            raise ConfigError(f"seed={self.seed} does not fit in 64 bits")
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed} is not an integer that fits in 64 bits")
         _require_kind("evict_strategy", self.evict_strategy, DynamicEmbEvictStrategy)
         _require_kind("initializer_args", self.initializer_args, DynamicEmbInitializerArgs)
         if self.eval_initializer_args is not None:
             _require_kind("eval_initializer_args", self.eval_initializer_args, DynamicEmbInitializerArgs)
-        try:
-            object.__setattr__(self, "safe_check_mode", DynamicEmbCheckMode(self.safe_check_mode))
-        except ValueError as error:
-            raise ConfigError(f"safe_check_mode={self.safe_check_mode!r} is not a DynamicEmbCheckMode") from error
-        self._warn_about_fields_without_effect()
+        _require_kind("safe_check_mode", self.safe_check_mode, DynamicEmbCheckMode)
 
-    def _warn_about_fields_without_effect(self) -> None:
+    def _normalize(self) -> None:
+        """What means the same in one form: no number, the default dtype, Python's integers, members of enums."""
+        fields = self.__dict__
+        for name in ("index_type", "score_type"):
+            if fields[name] is None:
+                fields[name] = torch.int64
+        for name in ("dim", "max_capacity", "init_capacity", "bucket_capacity", "seed"):
+            if not isinstance(fields[name], bool) and hasattr(fields[name], "__index__"):  # NumPy's, for one
+                fields[name] = operator.index(fields[name])
+        for name in ("dim", "max_capacity", "init_capacity", "device_id"):
+            if fields[name] == _UNSET and not isinstance(fields[name], float):
+                fields[name] = None
+        if fields["safe_check_mode"] in tuple(DynamicEmbCheckMode) and not isinstance(fields["safe_check_mode"], bool):
+            fields["safe_check_mode"] = DynamicEmbCheckMode(fields["safe_check_mode"])
+
+    def _warn(self, stacklevel: int) -> None:
         for option in dataclasses.fields(self):
             reason = _NO_EFFECT.get(option.name)
             if reason is None or getattr(self, option.name) == option.default or option.name in _warned_fields:
@@ -227,12 +325,17 @@ class DynamicEmbTableOptions:
             warnings.warn(
                 f"DynamicEmbTableOptions.{option.name} is accepted for compatibility and has no effect: {reason}",
                 DynamicEmbWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real)
+
+
 def _require_one_of(name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
+    # Of the same type too: 128.0 equals 128, and no kernel takes it.
+    if not any(value == item and type(value) is type(item) for item in allowed):
         raise ConfigError(f"{name}={value} is not supported; use one of {', '.join(str(item) for item in allowed)}")
 
 
@@ -242,6 +345,10 @@ def _require_kind(name: str, value: object, kind: type) -> None:
         raise ConfigError(f"{name}={value!r} is not a {kind.__name__}{choices}")
 
 
-def _require_positive(name: str, value: Optional[int]) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+def _require_capacity(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ConfigError(f"{name}={value!r} is not a positive integer")
+    if value > MAX_CAPACITY:
+        raise ConfigError(f"{name}={value} is above {MAX_CAPACITY}, the most rows that a rank can hold; lower it")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,17 +93,14 @@ def test_options_are_values() -> None:
     assert DynamicEmbTableOptions(dim=8) == DynamicEmbTableOptions(dim=8)
     assert DynamicEmbTableOptions(dim=8) != DynamicEmbTableOptions(dim=16)
     assert hash(DynamicEmbTableOptions(dim=8)) == hash(DynamicEmbTableOptions(dim=8))
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        DynamicEmbTableOptions().dim = 4  # type: ignore[misc]
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        DynamicEmbInitializerArgs().mean = 4.0  # type: ignore[misc]
+    options = DynamicEmbTableOptions(dim=8, seed=3, initializer_args=DynamicEmbInitializerArgs(std_dev=2.0))
+    for copied in (copy.deepcopy(options), pickle.loads(pickle.dumps(options)), dataclasses.replace(options)):
+        assert copied == options and hash(copied) == hash(options) and copied is not options
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("index_type", torch.int32),
-        ("index_type", torch.uint64),
         ("embedding_dtype", torch.float16),
         ("embedding_dtype", torch.bfloat16),
         ("score_type", torch.uint64),
@@ -133,16 +133,25 @@ def test_accepted_without_a_warning(field: str, value: object) -> None:
         ("score_type", torch.float32),
         ("dim", 0),
         ("dim", -8),
+        ("dim", 6),
+        ("dim", 1028),
+        ("dim", -1.0),
+        ("dim", "8"),
         ("dim", 8.0),
         ("dim", True),
         ("max_capacity", 0),
-        ("max_capacity", -1),
+        ("max_capacity", -2),
+        ("max_capacity", 2**40 + 1),
+        ("init_capacity", True),
         ("init_capacity", 0),
         ("init_capacity", 1.5),
         ("max_load_factor", 0.0),
         ("max_load_factor", -0.5),
         ("max_load_factor", 1.01),
         ("max_load_factor", math.nan),
+        ("max_load_factor", "half"),
+        ("bucket_capacity", 128.0),
+        ("bucket_capacity", None),
         ("bucket_capacity", 4),
         ("bucket_capacity", 100),
         ("bucket_capacity", 512),
@@ -153,6 +162,10 @@ def test_accepted_without_a_warning(field: str, value: object) -> None:
         ("safe_check_mode", 3),
         ("safe_check_mode", "error"),
         ("seed", 2**64),
+        ("seed", 1.5),
+        ("seed", "7"),
+        ("seed", None),
+        ("safe_check_mode", None),
         ("seed", -(2**63) - 1),
     ],
 )
@@ -173,6 +186,7 @@ def test_check_mode_may_be_a_number() -> None:
 
 
 WITHOUT_EFFECT = {
+    "index_type": torch.int32,
     "device_id": 0,
     "global_hbm_for_values": 1 << 30,
     "local_hbm_for_values": 1 << 30,
@@ -222,6 +236,13 @@ def test_every_field_is_documented() -> None:
         ({"value": math.inf}, "value=inf is not a finite number"),
         ({"std_dev": -1.0}, "std_dev=-1.0 is negative; use 0 or more"),
         ({"lower": 1.0, "upper": 0.5}, "lower=1.0 is above upper=0.5"),
+        ({"value": 1e39}, "value=1e\\+39 is outside the range of float32"),
+        ({"std_dev": None}, "std_dev=None is not a finite number"),
+        ({"mean": "0"}, "mean=0 is not a finite number"),
+        (
+            {"mode": DynamicEmbInitializerMode.TRUNCATED_NORMAL, "lower": 10.0, "upper": 11.0},
+            "lower=10.0 and upper=11.0 are so far from mean=0.0 with std_dev=1.0",
+        ),
     ],
 )
 def test_initializer_arguments_are_checked(arguments: dict[str, object], message: str) -> None:
@@ -241,3 +262,54 @@ def test_default_bounds() -> None:
     for mode in (DynamicEmbInitializerMode.NORMAL, DynamicEmbInitializerMode.CONSTANT, DynamicEmbInitializerMode.DEBUG):
         assert DynamicEmbInitializerArgs(mode).resolved(400) == DynamicEmbInitializerArgs(mode)
     assert uniform == DynamicEmbInitializerArgs(), "arguments that a user passed in are never modified"
+
+
+@pytest.mark.parametrize("field", ["dim", "max_capacity", "init_capacity", "device_id"])
+def test_minus_one_is_not_given(field: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert DynamicEmbTableOptions(**{field: -1}) == DynamicEmbTableOptions()  # type: ignore[arg-type]
+
+
+def test_other_ways_to_say_the_same() -> None:
+    unset = DynamicEmbTableOptions(index_type=None, score_type=None)  # type: ignore[arg-type]
+    assert unset == DynamicEmbTableOptions()
+    of_numpy = DynamicEmbTableOptions(dim=np.int64(8), max_capacity=np.int32(9), seed=np.uint64(2**63))  # type: ignore[arg-type]
+    assert of_numpy == DynamicEmbTableOptions(dim=8, max_capacity=9, seed=2**63)
+    assert {type(of_numpy.dim), type(of_numpy.max_capacity), type(of_numpy.seed)} == {int}
+
+
+def test_fields_can_be_assigned() -> None:
+    options = DynamicEmbTableOptions(max_capacity=100)
+    options.dim = 8
+    options.init_capacity = -1
+    options.safe_check_mode = 0  # type: ignore[assignment]
+    options.initializer_args.value = 0.5
+    initializer = DynamicEmbInitializerArgs(value=0.5)
+    expected = DynamicEmbTableOptions(
+        max_capacity=100, dim=8, safe_check_mode=DynamicEmbCheckMode.ERROR, initializer_args=initializer
+    )
+    assert options == expected and hash(options) == hash(expected)
+    with pytest.warns(DynamicEmbWarning, match="block_size is accepted for compatibility") as record:
+        options.block_size = 256
+    assert record[0].filename == __file__, "the warning must point at the caller"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("dim", 6, "dim=6 is not a positive multiple of 4; use 8"),
+        ("init_capacity", 101, "init_capacity=101 is above max_capacity=100"),
+        ("seed", None, "seed=None is not an integer"),
+        ("max_capacty", 5, "DynamicEmbTableOptions has no field max_capacty; its fields are .*max_capacity"),
+    ],
+)
+def test_an_assignment_that_is_refused_changes_nothing(field: str, value: object, message: str) -> None:
+    options = DynamicEmbTableOptions(max_capacity=100)
+    with pytest.raises(ConfigError, match=message):
+        setattr(options, field, value)
+    assert options == DynamicEmbTableOptions(max_capacity=100) and not hasattr(options, "max_capacty")
+    initializer = DynamicEmbInitializerArgs()
+    with pytest.raises(ConfigError, match=r"std_dev=-1\.0 is negative"):
+        initializer.std_dev = -1.0
+    assert initializer == DynamicEmbInitializerArgs()

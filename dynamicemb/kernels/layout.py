@@ -27,6 +27,9 @@ from typing import Optional
 
 import torch
 
+from dynamicemb.errors import ConfigError
+from dynamicemb.options import BUCKET_CAPACITIES, EMBEDDING_DTYPES, check_row_width
+
 __all__ = [
     "CHUNK_SHIFT",
     "MAX_CHUNKS",
@@ -88,11 +91,23 @@ def _aligned(num_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """A row in memory: ``[embedding | padding | optimizer state in float32 | padding]``, both parts 16-byte aligned."""
+    """A row in memory: ``[embedding | padding | optimizer state in float32 | padding]``, both parts 16-byte aligned.
+
+    Raises:
+        ConfigError: columns, a dtype or an optimizer that the kernels do not support.
+    """
 
     dim: int
     embedding_dtype: torch.dtype
     optimizer: OptimizerKind
+
+    def __post_init__(self) -> None:
+        check_row_width(self.dim)
+        if self.embedding_dtype not in EMBEDDING_DTYPES:
+            names = ", ".join(str(dtype) for dtype in EMBEDDING_DTYPES)
+            raise ConfigError(f"embedding_dtype={self.embedding_dtype} is not supported; use one of {names}")
+        if not isinstance(self.optimizer, OptimizerKind):
+            raise ConfigError(f"optimizer={self.optimizer!r} is not an OptimizerKind")
 
     @property
     def states(self) -> tuple[OptimizerState, ...]:
@@ -124,16 +139,34 @@ def _shifted_up(buckets: int, shift: int) -> int:
 
 @dataclass(frozen=True)
 class TableGeometry:
-    """Size of one table on one rank: its full size, how far it is from it, and how often it has doubled."""
+    """Size of one table on one rank: its full size, how far it is from it, and how often it has doubled.
+
+    Raises:
+        ConfigError: a bucket capacity that the kernels do not support, or a size that no table can have.
+    """
 
     max_buckets: int
     shift: int
     levels: int
     bucket_capacity: int
 
+    def __post_init__(self) -> None:
+        if self.bucket_capacity not in BUCKET_CAPACITIES:
+            raise ConfigError(
+                f"bucket_capacity={self.bucket_capacity} is not supported; use one of "
+                f"{', '.join(str(capacity) for capacity in BUCKET_CAPACITIES)}"
+            )
+        if self.max_buckets < 1 or self.shift < 0 or not 0 <= self.levels < MAX_CHUNKS:
+            raise ConfigError(
+                f"a table of {self.max_buckets} buckets, {self.shift} doublings from that and {self.levels} from its "
+                f"first size, cannot be; a table has 1 bucket or more and doubles {MAX_CHUNKS - 1} times at most"
+            )
+
     @staticmethod
     def create(max_rows: int, init_rows: int, bucket_capacity: int) -> TableGeometry:
         """The smallest size from which doubling leads to exactly the full one and that holds ``init_rows``."""
+        if max_rows < 1 or init_rows < 1:
+            raise ConfigError(f"a table of {max_rows} rows, {init_rows} at first, cannot be; use 1 or more")
         max_buckets = buckets_for(max_rows, bucket_capacity)
         init_buckets = min(buckets_for(init_rows, bucket_capacity), max_buckets)
         shift = 0

@@ -11,35 +11,21 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, data_type_to
 from dynamicemb.errors import ConfigError
 from dynamicemb.kernels.layout import buckets_for
 from dynamicemb.options import (
+    DIM_MULTIPLE,
     EMBEDDING_DTYPES,
+    MAX_DIM,
     DynamicEmbInitializerArgs,
     DynamicEmbInitializerMode,
     DynamicEmbTableOptions,
+    check_row_width,
 )
 
 __all__ = ["DIM_MULTIPLE", "MAX_DIM", "check_dim", "resolve_options"]
 
-#: Columns of a row come in groups of this many: one 128-bit access of float32.
-DIM_MULTIPLE = 4
-#: Widest row that the kernels are built for.
-MAX_DIM = 1024
-
 
 def check_dim(table: str, dim: int) -> None:
-    """Check that the kernels support rows of ``dim`` columns.
-
-    Raises:
-        ConfigError: ``dim`` is not a multiple of :data:`DIM_MULTIPLE` between that and :data:`MAX_DIM`.
-    """
-    if dim > MAX_DIM:
-        raise ConfigError(
-            f"table '{table}': embedding_dim={dim} is above {MAX_DIM}, the widest row that kernels support; lower it"
-        )
-    if dim <= 0 or dim % DIM_MULTIPLE:
-        nearest = max(DIM_MULTIPLE, -(-dim // DIM_MULTIPLE) * DIM_MULTIPLE)
-        raise ConfigError(
-            f"table '{table}': embedding_dim={dim} is not a positive multiple of {DIM_MULTIPLE}; use {nearest}"
-        )
+    """:func:`~dynamicemb.options.check_row_width` of a table of the model."""
+    check_row_width(dim, f"table '{table}': embedding_dim")
 
 
 def resolve_options(
@@ -84,15 +70,23 @@ def resolve_options(
             f"rank (num_embeddings={num_embeddings} on {world_size} ranks, in whole buckets); lower it, or leave it out"
         )
     evaluation = options.eval_initializer_args
-    return dataclasses.replace(
-        options,
-        dim=embedding_config.embedding_dim,
-        embedding_dtype=_embedding_dtype(table_name, embedding_config, options),
-        max_capacity=max_capacity,
-        init_capacity=options.init_capacity or max_capacity,
-        initializer_args=_with_bounds(table_name, options.initializer_args, embedding_config),
-        eval_initializer_args=None if evaluation is None else _with_bounds(table_name, evaluation, embedding_config),
-    )
+    embedding_dtype = _embedding_dtype(table_name, embedding_config, options)
+    initializer = _with_bounds(table_name, options.initializer_args, embedding_config)
+    eval_initializer = None if evaluation is None else _with_bounds(table_name, evaluation, embedding_config)
+    try:
+        return dataclasses.replace(
+            options,
+            dim=embedding_config.embedding_dim,
+            embedding_dtype=embedding_dtype,
+            max_capacity=max_capacity,
+            init_capacity=options.init_capacity or max_capacity,
+            initializer_args=initializer,
+            eval_initializer_args=eval_initializer,
+        )
+    except ConfigError as error:
+        raise ConfigError(
+            f"table '{table_name}': {error} (num_embeddings={num_embeddings} on {world_size} ranks)"
+        ) from error
 
 
 def _embedding_dtype(table: str, config: BaseEmbeddingConfig, options: DynamicEmbTableOptions) -> torch.dtype:

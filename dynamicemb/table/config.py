@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dynamicemb.errors import ConfigError
 from dynamicemb.kernels.layout import RowLayout, TableGeometry
 from dynamicemb.kernels.update import WeightDecayMode
 from dynamicemb.options import (
@@ -33,6 +34,16 @@ class GroupKey:
     weight_decay_mode: WeightDecayMode
 
 
+def _check_range(initializer: DynamicEmbInitializerArgs, dtype: torch.dtype) -> None:
+    """Check that rows of ``dtype`` can hold the numbers that bound what ``initializer`` gives."""
+    names = ("value",) if initializer.mode is DynamicEmbInitializerMode.CONSTANT else ("mean", "lower", "upper")
+    largest = torch.finfo(dtype).max
+    for name in names:
+        number = getattr(initializer, name)
+        if number is not None and abs(number) > largest:
+            raise ConfigError(f"initializer {name}={number} is outside the range of {dtype}, +-{largest:g}")
+
+
 @dataclass(frozen=True)
 class TableConfig:
     """A table on one rank.
@@ -45,10 +56,14 @@ class TableConfig:
         bucket_capacity: slots of a bucket.
         max_load_factor: load above which a table that may grow does so.
         evict_strategy: meaning of the scores.
-        initializer, eval_initializer: with their bounds filled in.
+        initializer, eval_initializer: bounds that are not given are filled in as for a table of ``max_capacity`` rows.
         safe_check_mode: what happens when keys are refused.
         seed: of the initializer.
         optimizer: its rule and numbers.
+
+    Raises:
+        ConfigError: what :class:`~dynamicemb.options.DynamicEmbTableOptions` refuses, a name that is none, or first
+            values that the dtype of the rows cannot hold.
     """
 
     name: str
@@ -64,6 +79,39 @@ class TableConfig:
     safe_check_mode: DynamicEmbCheckMode = DynamicEmbCheckMode.IGNORE
     seed: int = 0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"the name of a table is {self.name!r}; use a string that is not empty")
+        if not isinstance(self.optimizer, OptimizerConfig):
+            raise ConfigError(f"table '{self.name}': optimizer={self.optimizer!r} is not an OptimizerConfig")
+        try:
+            self._check()
+        except ConfigError as error:
+            raise ConfigError(f"table '{self.name}': {error}") from error
+
+    def _check(self) -> None:
+        for name in ("dim", "embedding_dtype", "max_capacity", "init_capacity"):
+            if getattr(self, name) in (None, -1):
+                raise ConfigError(f"{name}={getattr(self, name)} is not given")
+        options = DynamicEmbTableOptions(
+            dim=self.dim,
+            embedding_dtype=self.embedding_dtype,
+            max_capacity=self.max_capacity,
+            init_capacity=self.init_capacity,
+            max_load_factor=self.max_load_factor,
+            evict_strategy=self.evict_strategy,
+            bucket_capacity=self.bucket_capacity,
+            initializer_args=self.initializer,
+            safe_check_mode=self.safe_check_mode,
+            seed=self.seed,
+            eval_initializer_args=self.eval_initializer,
+        )
+        for name in ("initializer", "eval_initializer"):
+            initializer = getattr(self, name).resolved(self.max_capacity)
+            _check_range(initializer, self.embedding_dtype)
+            object.__setattr__(self, name, initializer)
+        object.__setattr__(self, "safe_check_mode", options.safe_check_mode)
 
     @staticmethod
     def from_options(name: str, options: DynamicEmbTableOptions, optimizer: OptimizerConfig) -> TableConfig:

@@ -15,7 +15,7 @@ from typing import Optional
 
 import torch
 
-from dynamicemb.errors import DynamicEmbWarning
+from dynamicemb.errors import ConfigError, DynamicEmbWarning
 from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.fill import fill, initial_rows
 from dynamicemb.kernels.find import find
@@ -107,7 +107,9 @@ class TableGroup:
     """
 
     def __init__(self, configs: Sequence[TableConfig], world_size: int, device: torch.device) -> None:
-        assert len({config.group_key for config in configs}) == 1, "tables of different groups"
+        if len({config.group_key for config in configs}) != 1:
+            names = [config.name for config in configs]
+            raise ConfigError(f"the tables {names} cannot share a group: their rows, buckets or strategies differ")
         self.configs = list(configs)
         self.world_size = world_size
         self.device = device

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dynamicemb.errors import ConfigError
 from dynamicemb.kernels.layout import MAX_CHUNKS, RowLayout, TableGeometry
 from dynamicemb.kernels.split import split
 from dynamicemb.kernels.views import AddressRow, GroupView
@@ -58,11 +59,19 @@ class GroupStorage:
         layout: bytes of a row.
         world_size: ranks that share the tables.
         device: where the memory is taken.
+
+    Raises:
+        ConfigError: no table, tables of different bucket capacities, or no rank.
     """
 
     def __init__(
         self, geometries: Sequence[TableGeometry], layout: RowLayout, world_size: int, device: torch.device
     ) -> None:
+        if len({size.bucket_capacity for size in geometries}) != 1:
+            capacities = sorted({size.bucket_capacity for size in geometries})
+            raise ConfigError(f"the tables of a group have one bucket_capacity, and these have {capacities}")
+        if world_size < 1:
+            raise ConfigError(f"world_size={world_size} is not a number of ranks; use 1 or more")
         self.geometries = list(geometries)
         self.layout = layout
         self.device = device

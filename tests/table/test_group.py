@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from dynamicemb import DynamicEmbEvictStrategy, DynamicEmbInitializerArgs, DynamicEmbInitializerMode
+from dynamicemb import ConfigError, DynamicEmbEvictStrategy, DynamicEmbInitializerArgs, DynamicEmbInitializerMode
 from dynamicemb.kernels.layout import METADATA_BYTES_PER_SLOT, OptimizerKind
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.function import expand, lookup
@@ -209,7 +209,7 @@ class TestTablesOfOneGroup:
         assert rows_by_key(group, 1) == {8: [7.75] * DIM}
 
     def test_tables_of_different_layouts_cannot_share_a_group(self):
-        with pytest.raises(AssertionError):
+        with pytest.raises(ConfigError, match="cannot share a group"):
             TableGroup([config(), config(dim=8)], 1, CPU)
 
 
