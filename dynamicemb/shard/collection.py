@@ -13,7 +13,14 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
-from torchrec.distributed.types import Awaitable, LazyAwaitable, ParameterSharding, QuantizedCommCodecs, ShardingEnv
+from torchrec.distributed.types import (
+    Awaitable,
+    LazyAwaitable,
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingType,
+)
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
@@ -29,7 +36,7 @@ from dynamicemb.shard.route import DynamicShardingContext
 from dynamicemb.shard.sharded_rows import StagedShardedTensor
 from dynamicemb.shard.sharding import DYNAMIC_ROW_WISE, DynamicSequenceSharding
 from dynamicemb.shard.state_dict import described_entries, name_entries, table_slots, table_states
-from dynamicemb.shard.static_dedup import dedup_static
+from dynamicemb.shard.static_dedup import dedup_replicated, dedup_static
 
 __all__ = ["ShardedDynamicEmbeddingCollection"]
 
@@ -146,9 +153,13 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
             return super()._dedup_indices(ctx, static) + dynamic
         # torchrec's operator has no CPU kernel.
         deduplicated: list[KeyedJaggedTensor] = []
-        for features, sharding in zip(static, self._sharding_type_to_sharding.values(), strict=False):
+        for features, (kind, sharding) in zip(static, self._sharding_type_to_sharding.items(), strict=False):
             features_by_table = [len(table.feature_names) for table in sharding.embedding_tables()]
-            unique_features, reverse_indices = dedup_static(features, features_by_table)
+            if kind == ShardingType.DATA_PARALLEL.value:
+                tables_by_group = [len(group.embedding_tables) for group in sharding._grouped_embedding_configs]
+                unique_features, reverse_indices = dedup_replicated(features, features_by_table, tables_by_group)
+            else:
+                unique_features, reverse_indices = dedup_static(features, features_by_table)
             ctx.input_features.append(features)
             ctx.reverse_indices.append(reverse_indices)
             deduplicated.append(unique_features)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
 from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.modules.embedding_configs import DataType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dynamicemb import DynamicEmbInitializerArgs, DynamicEmbInitializerMode
 from dynamicemb.shard import DynamicEmbeddingCollectionSharder
-from dynamicemb.shard.static_dedup import dedup_static
+from dynamicemb.shard.static_dedup import dedup_replicated, dedup_static
 from tests.distributed import run_on_ranks
 from tests.shard.models import collection, distribute, dynamic, evaluated, features_of, rows, table
 
@@ -36,6 +39,24 @@ def test_without_ids() -> None:
     features = features_of({"a": [[], []], "b": [[], []]})
     unique, inverse = dedup_static(features, [1, 1])
     assert unique.lengths().tolist() == [0, 0, 0, 0] and inverse.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("groups", [[2], [1, 1]])
+def test_replicated_by_hand(dtype: torch.dtype, groups: list[int]) -> None:
+    """One id a sample, each table's in its first feature; the rest is filled up with the id 0."""
+    batch = {"a": [[5, 7], [5]], "b": [[], [7, 9, 5]], "c": [[6], [6]]}
+    features = features_of(batch, dtype)
+    unique, places = dedup_replicated(features, [2, 1], groups)
+    assert unique.keys() == features.keys() and unique.stride() == 3
+    assert unique.values().dtype is dtype and unique.lengths().tolist() == [1] * 9
+    values = unique.values().view(3, 3)
+    assert sorted(values[0].tolist()) == [5, 7, 9] and values[1:].tolist() == [[0, 0, 0], [6, 0, 0]]
+    # The operator returns the rows of a sample next to each other, group by group.
+    rows_of_operator = torch.cat([part.T.flatten() for part in values.split([3] if groups == [2] else [2, 1])])
+    assert torch.equal(rows_of_operator[places], features.values())
+    empty, places = dedup_replicated(features_of({"a": [[], []]}), [1], [1])
+    assert empty.lengths().tolist() == [0, 0] and places.numel() == 0
 
 
 STATIC_TABLES = {"wide": "row_wise", "city": "row_wise", "whole": "table_wise", "other": "table_wise"}
@@ -90,3 +111,72 @@ def train(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_outputs_and_training_are_the_same_with_and_without(world_size: int) -> None:
     run_on_ranks(world_size, train)
+
+
+REPLICATED = ("small", "tiny")
+
+
+def build_replicated(
+    use_index_dedup: bool, with_others: bool, names: Sequence[str] = REPLICATED, num_features: int = 2
+) -> nn.Module:
+    """Data-parallel tables of two dtypes, alone or beside a row-wise and a dynamic one."""
+    tables = [table(name, 64, 4, [f"{name}_{place + 1}" for place in range(num_features)]) for name in names]
+    tables[-1].data_type = DataType.FP16 if len(names) > 1 else DataType.FP32
+    constraints = {name: ParameterConstraints(sharding_types=["data_parallel"]) for name in names}
+    if with_others:
+        tables += [table("city", 64, 4), table("item", 64, 4)]
+        constraints |= {"city": ParameterConstraints(sharding_types=["row_wise"]), "item": dynamic()}
+    sharder = DynamicEmbeddingCollectionSharder(use_index_dedup=use_index_dedup)
+    model = distribute(collection(*tables), constraints, None, sharder)
+    state = model.state_dict()
+    for name in names:
+        state[f"embeddings.{name}.weight"].copy_(torch.arange(64).view(-1, 1))
+    return model
+
+
+def train_replicated(rank: int, world_size: int, with_others: bool) -> None:
+    """Every row is its id, and the gradient of a row the number of times that its id occurs, divided by the ranks."""
+    model = build_replicated(True, with_others)
+    others = {"city": [[1], [], [2]], "item": [[-5], [5], []]} if with_others else {}
+    occurrences = {name: torch.zeros(64) for name in REPLICATED}
+    batches = []
+    for sender in range(world_size):
+        generator = torch.Generator().manual_seed(sender)
+        batch = {
+            f"{name}_{place}": [torch.randint(0, 20, (count,), generator=generator).tolist() for count in (2, 0, 4)]
+            for name in REPLICATED
+            for place in (1, 2)
+        }
+        batch["tiny_2"] = [[], [], []]
+        for feature, samples in batch.items():
+            ids = torch.tensor([value for ids in samples for value in ids], dtype=torch.int64)
+            occurrences[feature.split("_")[0]] += torch.bincount(ids, minlength=64)
+        batches.append(features_of({**batch, **others}))
+    output = rows(model, batches[rank])
+    for feature, jagged in batches[rank].to_dict().items():
+        if feature not in others:
+            assert torch.equal(output[feature], jagged.values().view(-1, 1).expand(-1, 4).float()), feature
+    torch.stack([values.sum() for values in output.values()]).sum().backward()
+    parameters = dict(model.named_parameters())
+    for name in REPLICATED:
+        gradient = parameters[f"embeddings.{name}.weight"].grad
+        torch.testing.assert_close(gradient.float(), (occurrences[name] / world_size).view(-1, 1).expand(-1, 4))
+
+
+def one_id_in_each_sample(rank: int, world_size: int) -> None:
+    """One feature of one table: the only kind of batch that torchrec itself looks up right on a CPU."""
+    models = [build_replicated(use_index_dedup, False, REPLICATED[:1], 1) for use_index_dedup in (False, True)]
+    output, expected = (rows(model, features_of({"small_1": [[7], [3], [7]]}))["small_1"] for model in models)
+    assert torch.equal(output, expected)
+    assert rows(models[1], features_of({"small_1": [[], []]}))["small_1"].shape == (0, 4)
+
+
+def work_replicated(rank: int, world_size: int) -> None:
+    for with_others in (False, True):
+        train_replicated(rank, world_size, with_others)
+    one_id_in_each_sample(rank, world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_data_parallel_tables(world_size: int) -> None:
+    run_on_ranks(world_size, work_replicated)
