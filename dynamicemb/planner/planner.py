@@ -36,7 +36,7 @@ from dynamicemb.planner.tables import (
     check_eb_configs,
     dynamic_tables,
     table_sites,
-    warn_about_init_fn,
+    warn_about_what_has_no_effect,
 )
 
 __all__ = ["DynamicEmbeddingShardingPlanner"]
@@ -123,7 +123,7 @@ class DynamicEmbeddingShardingPlanner(EmbeddingShardingPlanner):
         tables = dynamic_tables(sites, self._constraints, self._topology.world_size)
         check_eb_configs(self._eb_configs, sites)
         for table in tables.values():
-            warn_about_init_fn(table)
+            warn_about_what_has_no_effect(table, (self._constraints or {}).get(table.name))
         try:
             plan = super().plan(module, sharders)
         except PlannerError as error:

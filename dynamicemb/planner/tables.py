@@ -29,10 +29,19 @@ from dynamicemb.planner.capacity import resolve_options
 from dynamicemb.planner.constraints import check_constraint, dynamic_options
 from dynamicemb.table.optimizers import OptimizerConfig, optimizer_from_fused_params
 
-__all__ = ["DynamicTable", "TableSite", "check_eb_configs", "dynamic_tables", "table_sites", "warn_about_init_fn"]
+__all__ = [
+    "DynamicTable",
+    "TableSite",
+    "check_eb_configs",
+    "dynamic_tables",
+    "table_sites",
+    "warn_about_what_has_no_effect",
+]
 
 # Names listed in a message before it says how many more there are.
 _LISTED_NAMES = 50
+# Constraints that say nothing about a dynamic table.
+_OF_STATIC_KERNELS = ("min_partition", "cache_params", "enforce_hbm", "bounds_check_mode")
 
 
 @dataclass(frozen=True)
@@ -181,11 +190,12 @@ def _dynamic_table(site: TableSite, options: Optional[DynamicEmbTableOptions], w
         raise ConfigError(
             f"{where}, which no sharder takes; add dynamicemb.shard.DynamicEmbeddingCollectionSharder() to the sharders"
         )
-    if site.config.use_virtual_table:
-        raise ConfigError(
-            f"table '{site.name}': use_virtual_table=True of its config belongs to torchrec's own virtual tables and "
-            "cannot be combined with use_dynamicemb=True; remove one of the two"
-        )
+    for name in ("use_virtual_table", "enable_embedding_update"):  # the latter from torchrec 1.5 on
+        if getattr(site.config, name, False):
+            raise ConfigError(
+                f"table '{site.name}': {name}=True of its config belongs to torchrec's own tables and cannot be "
+                "combined with use_dynamicemb=True; remove one of the two"
+            )
     resolved = resolve_options(site.name, site.config, options, world_size)
     assert resolved.dim is not None and resolved.embedding_dtype is not None
     optimizer = _optimizer(site.name, site.param, site.sharder)
@@ -246,15 +256,30 @@ def _difference(config: BaseEmbeddingConfig, model: BaseEmbeddingConfig) -> str:
     return ""
 
 
-def warn_about_init_fn(table: DynamicTable) -> None:
-    """Warn if the table's config has an ``init_fn``: it cannot initialise rows that do not exist yet."""
-    init_fn = table.config.init_fn
-    # A config without init_fn has torchrec's default, a partial of torch.nn.init.uniform_.
-    if init_fn is None or (isinstance(init_fn, functools.partial) and init_fn.func is torch.nn.init.uniform_):
-        return
-    warnings.warn(
-        f"table '{table.name}': init_fn of its config has no effect on a dynamic table, whose rows are initialised one "
-        "by one when their id is first seen; use dynamicemb_options.initializer_args",
-        DynamicEmbWarning,
-        stacklevel=4,
-    )
+def warn_about_what_has_no_effect(table: DynamicTable, constraint: Optional[ParameterConstraints]) -> None:
+    """Warn of a config's ``init_fn``, which cannot initialise rows that do not exist yet and is not called, and of
+    constraints that tune torchrec's static kernels."""
+    if _has_own_init_fn(table.config):
+        _warn(
+            f"table '{table.name}': init_fn of its config has no effect on a dynamic table, whose rows are initialised "
+            "one by one when their id is first seen; use dynamicemb_options.initializer_args"
+        )
+    unused = [name for name in _OF_STATIC_KERNELS if getattr(constraint, name, None) is not None]
+    if unused:
+        _warn(
+            f"table '{table.name}': {', '.join(unused)} of its constraints have no effect on a dynamic table, as they "
+            "tune torchrec's static tables; remove them"
+        )
+
+
+def _has_own_init_fn(config: BaseEmbeddingConfig) -> bool:
+    """A config without ``init_fn`` has torchrec's default, which draws between the bounds that we use, too."""
+    init_fn = config.init_fn
+    if not isinstance(init_fn, functools.partial):
+        return init_fn is not None
+    bounds = {"a": config.get_weight_init_min(), "b": config.get_weight_init_max()}
+    return init_fn.func is not torch.nn.init.uniform_ or init_fn.args != () or init_fn.keywords != bounds
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, DynamicEmbWarning, stacklevel=5)

@@ -148,6 +148,14 @@ def test_user_s_estimators_are_asked():
     assert option.shards[0].storage.ddr == 512 * 81 + BATCH_SIZE * 72
 
 
+def test_only_the_topology_must_be_given():
+    plain = EmbeddingEnumerator(topology(), batch_size=512).enumerate(Model(), sharders())
+    for enumerator in (DynamicEmbeddingEnumerator(topology()), DynamicEmbeddingEnumerator(topology(), None, {})):
+        assert described(enumerator.enumerate(Model(), sharders())) == described(plain), "512 is torchrec's default"
+    by_position = DynamicEmbeddingEnumerator(topology(), 7, {"item": dynamic()}, EmbeddingPerfEstimator(topology()))
+    assert {option.batch_size for option in by_position.enumerate(Model(), sharders())} == {7}
+
+
 def test_constraints_are_not_modified():
     constraints = {"item": dynamic(DynamicEmbTableOptions(seed=1)), "user": dynamic(), "tag": ParameterConstraints()}
     before = copy.deepcopy(constraints)

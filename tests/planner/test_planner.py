@@ -1,8 +1,10 @@
 """Plans: their entries, their budget, what is printed, and how they fail."""
 
 import copy
+import functools
 import logging
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torchrec.distributed.planner.storage_reservations import (
     HeuristicalStorageReservation,
 )
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
+from torchrec.distributed.types import BoundsCheckMode
 
 from dynamicemb import ConfigError, DynamicEmbTableOptions, DynamicEmbWarning
 from dynamicemb.planner import (
@@ -242,7 +245,23 @@ def test_unknown_table_is_found_before_memory():
         planner({"itm": dynamic()}, topology=place).plan(Model(), sharders())
 
 
-def test_init_fn_of_a_config_warns():
-    model = collection(config("item", init_fn=torch.nn.init.zeros_), config("user"))
-    with pytest.warns(DynamicEmbWarning, match="table 'item': init_fn of its config has no effect"):
+@pytest.mark.parametrize(
+    "init_fn", [torch.nn.init.zeros_, functools.partial(torch.nn.init.uniform_, a=-5.0, b=5.0), lambda rows: None]
+)
+def test_init_fn_of_a_config_warns(init_fn):
+    model = collection(config("item", init_fn=init_fn), config("user", weight_init_max=0.5))
+    with pytest.warns(DynamicEmbWarning, match="init_fn of its config has no effect") as record:
         planner({"item": dynamic(), "user": dynamic()}).plan(model, sharders())
+    (message,) = [str(entry.message) for entry in record if entry.category is DynamicEmbWarning]
+    assert message.startswith("table 'item'")
+
+
+def test_constraints_without_effect_warn():
+    unused = {"enforce_hbm": True, "bounds_check_mode": BoundsCheckMode.NONE, "min_partition": 8}
+    with pytest.warns(DynamicEmbWarning, match="'item': min_partition, enforce_hbm, bounds_check_mode of its constr"):
+        planner({"item": dynamic(**unused)}).plan(Model(), sharders())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DynamicEmbWarning)
+        planner({"item": dynamic(pooling_factors=[2.0, 1.0]), "user": ParameterConstraints(**unused)}).plan(
+            Model(), sharders()
+        )

@@ -74,6 +74,13 @@ def test_collection_without_a_sharder():
     assert tables_of(Model(), {"item": ParameterConstraints()}, chosen=[]) == {}
 
 
+def test_a_config_that_enables_writes_is_refused():
+    model = collection(config("item", enable_embedding_update=True))
+    with pytest.raises(ConfigError, match="table 'item': enable_embedding_update=True"):
+        tables_of(model, {"item": dynamic()})
+    assert tables_of(model, {"item": ParameterConstraints()}) == {}
+
+
 def test_virtual_table_config_is_refused():
     model = collection(config("item", use_virtual_table=True, total_num_buckets=4))
     with pytest.raises(ConfigError, match="table 'item': use_virtual_table=True"):
