@@ -37,6 +37,7 @@ from dynamicemb.shard.sharded_rows import StagedShardedTensor
 from dynamicemb.shard.sharding import DYNAMIC_ROW_WISE, DynamicSequenceSharding
 from dynamicemb.shard.state_dict import described_entries, name_entries, table_slots, table_states
 from dynamicemb.shard.static_dedup import dedup_replicated, dedup_static
+from dynamicemb.table.storage import state_memory
 
 __all__ = ["ShardedDynamicEmbeddingCollection"]
 
@@ -123,7 +124,8 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
     def input_dist(self, ctx: EmbeddingCollectionContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
         features = maybe_td_to_kjt(features, None)
         if not self._input_dists:
-            self._create_input_dist(features.keys(), ctx)
+            with state_memory():
+                self._create_input_dist(features.keys(), ctx)
             self._has_uninitialized_input_dist: bool = False
         if self._dynamic_tables:
             features, error = with_integer_ids(features, self._dynamic_tables)

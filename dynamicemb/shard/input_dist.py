@@ -25,6 +25,7 @@ from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.hashing import owners
 from dynamicemb.kernels.views import UniqueKeys
 from dynamicemb.shard.route import OwnedKeys, Route
+from dynamicemb.table.storage import state_memory
 
 __all__ = ["DynamicInputDist"]
 
@@ -47,6 +48,7 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         takes_gradients: tells whether any of the tables takes updates on this rank.
     """
 
+    @state_memory()
     def __init__(
         self,
         pg: Optional[dist.ProcessGroup],

@@ -23,6 +23,7 @@ from dynamicemb.shard.route import OwnedKeys
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.function import lookup, requires_grad, without_update
 from dynamicemb.table.group import TableGroup
+from dynamicemb.table.storage import state_memory
 
 __all__ = ["DynamicLookup", "GroupModule", "group_tables"]
 
@@ -55,6 +56,7 @@ class GroupModule(nn.Module, FusedOptimizerModule):
         frozen: names of those whose parameters begin without ``requires_grad``.
     """
 
+    @state_memory()
     def __init__(self, group: TableGroup, frozen: Collection[str] = ()) -> None:
         super().__init__()
         self.group = group

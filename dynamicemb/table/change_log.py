@@ -9,7 +9,7 @@ import torch
 
 from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, TableGeometry
 from dynamicemb.kernels.views import UniqueKeys
-from dynamicemb.table.storage import GroupStorage
+from dynamicemb.table.storage import GroupStorage, state_memory
 
 __all__ = ["EvictionLog", "TouchLog"]
 
@@ -25,6 +25,7 @@ class EvictionLog:
         slots: of all tables at full size; a quarter of them can be remembered, within limits.
     """
 
+    @state_memory()
     def __init__(self, slots: int, device: torch.device) -> None:
         self.size = min(max(slots // 4, MIN_REMEMBERED), MAX_REMEMBERED)
         # One entry more than there is room for: where entries go that are none.
@@ -63,6 +64,7 @@ class TouchLog:
     Memory never moves, so that graphs of a step stay good.
     """
 
+    @state_memory()
     def __init__(self, storage: GroupStorage) -> None:
         self._storage = storage
         self._first = [0]

@@ -32,7 +32,7 @@ from dynamicemb.table.config import TableConfig
 from dynamicemb.table.contents import StoredRows, TableContents
 from dynamicemb.table.initializers import initializer_view
 from dynamicemb.table.optimizers import ignored_weight_decay
-from dynamicemb.table.storage import GroupStorage
+from dynamicemb.table.storage import GroupStorage, state_memory
 
 __all__ = ["TableCounters", "TableGroup", "TableProgress", "TrainingLookup"]
 
@@ -106,6 +106,7 @@ class TableGroup:
         device: where they live.
     """
 
+    @state_memory()
     def __init__(self, configs: Sequence[TableConfig], world_size: int, device: torch.device) -> None:
         if len({config.group_key for config in configs}) != 1:
             names = [config.name for config in configs]

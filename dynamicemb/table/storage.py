@@ -14,7 +14,14 @@ from dynamicemb.kernels.layout import MAX_CHUNKS, RowLayout, TableGeometry
 from dynamicemb.kernels.split import split
 from dynamicemb.kernels.views import AddressRow, GroupView
 
-__all__ = ["Chunk", "GroupStorage"]
+__all__ = ["Chunk", "GroupStorage", "state_memory"]
+
+
+def state_memory() -> torch.inference_mode:
+    """Inside it are made the tensors that later steps write to: what is made in ``torch.inference_mode`` could not be
+    written to outside of it, and a table may grow or begin to note its changes in a lookup of either kind. May also
+    decorate a function."""
+    return torch.inference_mode(False)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Chunk:
     rows: torch.Tensor
 
     @staticmethod
+    @state_memory()
     def allocate(slots: int, layout: RowLayout, device: torch.device) -> Chunk:
         """``slots`` empty slots. Rows are aligned for 128-bit access; only the digests are written."""
         return Chunk(
@@ -64,6 +72,7 @@ class GroupStorage:
         ConfigError: no table, tables of different bucket capacities, or no rank.
     """
 
+    @state_memory()
     def __init__(
         self, geometries: Sequence[TableGeometry], layout: RowLayout, world_size: int, device: torch.device
     ) -> None:
