@@ -190,7 +190,7 @@ def _dynamic_table(site: TableSite, options: Optional[DynamicEmbTableOptions], w
         raise ConfigError(
             f"{where}, which no sharder takes; add dynamicemb.shard.DynamicEmbeddingCollectionSharder() to the sharders"
         )
-    for name in ("use_virtual_table", "enable_embedding_update"):  # the latter from torchrec 1.5 on
+    for name in ("use_virtual_table", "enable_embedding_update", "stash_weights"):  # not in every torchrec
         if getattr(site.config, name, False):
             raise ConfigError(
                 f"table '{site.name}': {name}=True of its config belongs to torchrec's own tables and cannot be "

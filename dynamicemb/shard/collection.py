@@ -21,6 +21,7 @@ from torchrec.distributed.types import (
     ShardingEnv,
     ShardingType,
 )
+from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
@@ -37,6 +38,7 @@ from dynamicemb.shard.sharded_rows import StagedShardedTensor
 from dynamicemb.shard.sharding import DYNAMIC_ROW_WISE, DynamicSequenceSharding
 from dynamicemb.shard.state_dict import described_entries, name_entries, table_slots, table_states
 from dynamicemb.shard.static_dedup import dedup_replicated, dedup_static
+from dynamicemb.shard.tracking import refuse_delta_tracker, refuse_tracker
 from dynamicemb.table.storage import state_memory
 
 __all__ = ["ShardedDynamicEmbeddingCollection"]
@@ -81,6 +83,22 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
             if isinstance(lookup, DynamicLookup):
                 return lookup
         return None
+
+    # ------------------------------------------------------------------------------------------ trackers
+
+    @property
+    def _table_name_to_config(self) -> dict[str, EmbeddingConfig]:
+        refuse_delta_tracker(self._dynamic_tables)
+        return self._configs_by_table
+
+    @_table_name_to_config.setter
+    def _table_name_to_config(self, configs: dict[str, EmbeddingConfig]) -> None:
+        self._configs_by_table = configs
+
+    def register_post_lookup_tracker_fn(self, record_fn: Any) -> None:
+        """Refused: the function would be given the lookups of dynamic tables, whose keys are none of torchrec's."""
+        refuse_tracker(self._dynamic_tables)
+        super().register_post_lookup_tracker_fn(record_fn)
 
     # ------------------------------------------------------------------------------------------ shardings
 

@@ -6,13 +6,21 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dynamicemb import ConfigError, DynamicEmbEvictStrategy
+from dynamicemb import (
+    CheckpointError,
+    ConfigError,
+    DynamicEmbDump,
+    DynamicEmbEvictStrategy,
+    DynamicEmbLoad,
+    incremental_dump,
+)
 from dynamicemb.shard import get_score, set_score, table_statistics
 from dynamicemb.shard.parameter import TableParameter
 from tests.distributed import run_on_ranks
@@ -217,6 +225,26 @@ def test_reset_parameters(strategy: DynamicEmbEvictStrategy) -> None:
             )
         train_step(model, batch)
         train_step(new, batch)
+
+
+def test_no_delta_across_a_reset(tmp_path: Path) -> None:
+    """The steps begin again, so those of a checkpoint from before say nothing any more."""
+    model = alone("a", "b")
+    train_step(model, features_of(BATCH))
+    DynamicEmbDump(tmp_path / "before", model)
+    model.reset_parameters()
+    for _ in range(2):
+        train_step(model, features_of({"a": [[5]], "b": [[6]]}))
+    with pytest.raises(CheckpointError, match="has not been in this state"):
+        incremental_dump(tmp_path / "delta", model, since=tmp_path / "before")
+    DynamicEmbDump(tmp_path / "after", model)
+    train_step(model, features_of(BATCH))
+    incremental_dump(tmp_path / "delta", model, since=tmp_path / "after")
+    loaded = alone("a", "b")
+    DynamicEmbLoad([tmp_path / "after", tmp_path / "delta"], loaded)
+    for name in ("a", "b"):
+        (one, index), (other, _) = local_table(model, name), local_table(loaded, name)
+        assert torch.equal(one.stored_rows(index).embeddings, other.stored_rows(index).embeddings)
 
 
 def reset_on_ranks(rank: int, world_size: int) -> None:
