@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import time
 from abc import ABC, abstractmethod
@@ -196,7 +197,9 @@ class HostDevice(Device):
         raise NeedsGpuError("the profiler's view of kernels needs a GPU")
 
     def free_bytes(self) -> int:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        # SC_AVPHYS_PAGES would leave out what the page cache gives back when it is asked to.
+        (kilobytes,) = re.findall(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        return int(kilobytes) * 1024
 
     def facts(self) -> Accelerator:
         memory_gib = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1)
