@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dynamicemb.errors import (
     CapacityError,
     CheckpointError,
+    CollectiveError,
     ConfigError,
     DataError,
     DynamicEmbError,
@@ -45,6 +46,7 @@ _LAZY = {
 __all__ = [
     "CapacityError",
     "CheckpointError",
+    "CollectiveError",
     "ConfigError",
     "DataError",
     "DynamicEmbCheckMode",

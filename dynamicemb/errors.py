@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "CapacityError",
     "CheckpointError",
+    "CollectiveError",
     "ConfigError",
     "DataError",
     "DynamicEmbError",
@@ -51,6 +52,11 @@ class CheckpointError(DynamicEmbError, ValueError):
 
 class CapacityError(DynamicEmbError, RuntimeError):
     """Keys found no place in their bucket and ``safe_check_mode`` is ERROR. Raised on every rank of the group."""
+
+
+class CollectiveError(DynamicEmbError, RuntimeError):
+    """A call that all ranks make together, and that others did not make within the time-out of their process group, or
+    in which one of them no longer takes part."""
 
 
 class RemoteRankError(DynamicEmbError, RuntimeError):

@@ -30,6 +30,7 @@ from dynamicemb.checkpoint.dcp_tables import SavedRows, refuse_dynamic_for_stati
 from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.errors import CheckpointError
 from dynamicemb.kernels.hashing import owners
+from dynamicemb.shard.collective import collective
 from dynamicemb.shard.sharded_rows import sharded_rows
 from dynamicemb.shard.state_dict import CONFIG_ENTRY, KEYS, EntryDescription
 from dynamicemb.shard.tables import dynamic_collections
@@ -68,12 +69,14 @@ def load(
             round, or has another dim, dtype, eviction strategy or optimizer; or its rows are not what they should be.
             No dynamic table has changed.
         RemoteRankError: that happened on another rank.
+        CollectiveError: other ranks did not call this within the time-out of their group.
     """
     reader = _reader(checkpoint_id, storage_reader)
-    state = sized_state_dict(model, prefix=prefix, strict=strict, storage_reader=reader, process_group=process_group)
-    loaded = {prefix + name: value for name, value in state.items()}
-    dcp.load(loaded, storage_reader=reader, process_group=process_group)
-    model.load_state_dict({name: loaded[prefix + name] for name in state}, strict=strict)
+    with collective("dynamicemb.checkpoint.dcp.load()", process_group or _all_ranks()):
+        state = _sized_state_dict(model, reader, prefix, strict, process_group)
+        loaded = {prefix + name: value for name, value in state.items()}
+        dcp.load(loaded, storage_reader=reader, process_group=process_group)
+        model.load_state_dict({name: loaded[prefix + name] for name in state}, strict=strict)
 
 
 def sized_state_dict(
@@ -91,6 +94,13 @@ def sized_state_dict(
     are those of :func:`load`; the model is not changed.
     """
     reader = _reader(checkpoint_id, storage_reader)
+    with collective("sized_state_dict()", process_group or _all_ranks()):
+        return _sized_state_dict(model, reader, prefix, strict, process_group)
+
+
+def _sized_state_dict(
+    model: nn.Module, reader: StorageReader, prefix: str, strict: bool, process_group: Optional[dist.ProcessGroup]
+) -> dict[str, Any]:
     state = _described_state_dict(model)
     ranks = Ranks(process_group or _all_ranks())
     tables: list[SavedRows] = []

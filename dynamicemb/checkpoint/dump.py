@@ -22,6 +22,7 @@ from dynamicemb.checkpoint.files.writer import TableWriter, part_records, reserv
 from dynamicemb.checkpoint.progress import Reporter, progress
 from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.checkpoint.selection import record_of, schema_of, selected_tables, shared_group
+from dynamicemb.shard.collective import collective
 from dynamicemb.shard.tables import DynamicTable
 from dynamicemb.table.changes import Selection, Survey
 from dynamicemb.table.group import TableProgress
@@ -60,13 +61,15 @@ def DynamicEmbDump(  # noqa: N802 - the name that users of other implementations
         ConfigError: no such tables, or ``pg`` is not the group that they are spread over.
         CheckpointError: ``path`` cannot be written, is taken, or the disk is full. What was there is unchanged.
         RemoteRankError: that happened on another rank.
+        CollectiveError: other ranks did not call this within the time-out of their group.
     """
     tables = selected_tables(model, table_names)
-    ranks = Ranks(shared_group(tables, pg))
+    group = shared_group(tables, pg)
     for table in tables:
         table.group.changes.begin()
     extracts = [Extract(table, table.group.changes.checkpoints[table.index]) for table in tables]
-    write_checkpoint(Staging(path), extracts, bool(optim), ranks, overwrite)
+    with collective("DynamicEmbDump()", group):
+        write_checkpoint(Staging(path), extracts, bool(optim), Ranks(group), overwrite)
 
 
 @dataclass(frozen=True)

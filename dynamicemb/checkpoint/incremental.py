@@ -18,6 +18,7 @@ from dynamicemb.checkpoint.files.staging import Staging, finished
 from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.checkpoint.selection import TableNames, selected_tables, shared_group
 from dynamicemb.errors import CheckpointError, ConfigError
+from dynamicemb.shard.collective import collective
 from dynamicemb.shard.tables import DynamicTable
 
 __all__ = ["incremental_dump"]
@@ -71,20 +72,24 @@ def incremental_dump(
             been loaded from it; it or another full checkpoint is at ``path``. Or ``path``
             cannot be written, is taken, or the disk is full. What was there is unchanged.
         RemoteRankError: that happened on another rank.
+        CollectiveError: other ranks did not call this within the time-out of their group.
     """
     tables = selected_tables(model, table_names)
-    ranks = Ranks(shared_group(tables, pg))
-    staging = Staging(path)
-    starts = ranks.first(lambda: _starts(since, tables, bool(optim), staging, overwrite))
-    for table in tables:
-        table.group.changes.begin()
-    lags = ranks.together(lambda: [_checked_lag(table, starts[table.collection, table.name][0]) for table in tables])
-    lag_by_table = [max(by_rank) for by_rank in zip(*lags, strict=True)]
-    extracts = ranks.locally(lambda: [
-        _extract(table, *starts[table.collection, table.name], lag)
-        for table, lag in zip(tables, lag_by_table, strict=True)
-    ])  # fmt: skip
-    write_checkpoint(staging, extracts, bool(optim), ranks, overwrite)
+    group = shared_group(tables, pg)
+    ranks, staging = Ranks(group), Staging(path)
+    with collective("incremental_dump()", group):
+        starts = ranks.first(lambda: _starts(since, tables, bool(optim), staging, overwrite))
+        for table in tables:
+            table.group.changes.begin()
+        lags = ranks.together(
+            lambda: [_checked_lag(table, starts[table.collection, table.name][0]) for table in tables]
+        )
+        lag_by_table = [max(by_rank) for by_rank in zip(*lags, strict=True)]
+        extracts = ranks.locally(lambda: [
+            _extract(table, *starts[table.collection, table.name], lag)
+            for table, lag in zip(tables, lag_by_table, strict=True)
+        ])  # fmt: skip
+        write_checkpoint(staging, extracts, bool(optim), ranks, overwrite)
 
 
 def _starts(

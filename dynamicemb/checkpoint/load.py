@@ -24,6 +24,7 @@ from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.checkpoint.selection import TableNames, progress_of, selected_tables, shared_group
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 from dynamicemb.kernels.hashing import owner_range
+from dynamicemb.shard.collective import collective
 from dynamicemb.shard.tables import DynamicTable
 from dynamicemb.table.compatibility import SavedTable, check_fit
 from dynamicemb.table.filling import TableFilling
@@ -62,11 +63,13 @@ def DynamicEmbLoad(  # noqa: N802 - the name that users of other implementations
         ConfigError: no such tables, or ``pg`` is not the group that they are spread over.
         CheckpointError: the checkpoint is missing, damaged, incomplete or does not fit. The model is unchanged.
         RemoteRankError: that happened on another rank.
+        CollectiveError: other ranks did not call this within the time-out of their group.
     """
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     tables = selected_tables(model, table_names)
-    ranks = Ranks(shared_group(tables, pg))
-    with ExitStack() as stack:
+    group = shared_group(tables, pg)
+    ranks = Ranks(group)
+    with collective("DynamicEmbLoad()", group), ExitStack() as stack:
         jobs = ranks.locally(lambda: _open(stack, paths, tables, table_names, bool(optim), ranks))
         _Loading(jobs, ranks).run()
         ranks.let_go()

@@ -20,7 +20,7 @@ from dynamicemb.checkpoint.selection import selected_tables
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 from dynamicemb.kernels.hashing import mix64, owners, sortable
 from dynamicemb.shard.state_dict import WEIGHT, is_dynamic
-from dynamicemb.shard.tables import DynamicTable
+from dynamicemb.shard.tables import DynamicTable, all_ranks
 from dynamicemb.table.filling import HostRows, TableFilling
 
 __all__ = ["load_static"]
@@ -50,11 +50,13 @@ def load_static(
         ConfigError: the model has no such dynamic tables.
         CheckpointError: rows of a table are missing, of another dim, or those of a dynamic table. No table has changed.
         RemoteRankError: that happened on another rank.
+        CollectiveError: other ranks did not call this within the time-out of their group.
     """
     tables = selected_tables(model, table_names)
-    sources = [_Source.of(table, state_dict) for table in tables]
-    for table, source in zip(tables, sources, strict=True):
-        _replace(table, source)
+    with all_ranks("load_static()", tables):
+        sources = [_Source.of(table, state_dict) for table in tables]
+        for table, source in zip(tables, sources, strict=True):
+            _replace(table, source)
 
 
 # ---------------------------------------------------------------------------------------------------- source

@@ -28,6 +28,7 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from dynamicemb.errors import DynamicEmbWarning
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding, sharded_by_dynamicemb
+from dynamicemb.shard.collective import collective
 from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, without_samples
 from dynamicemb.shard.ids import with_integer_ids
 from dynamicemb.shard.lookup import DynamicLookup
@@ -262,8 +263,12 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         for key in [key for key in destination if key.startswith(f"{prefix}embeddings.")]:
             if isinstance(destination[key], ShardedTensor):  # of a static table
                 destination[key] = StagedShardedTensor.of(destination[key])
-        states = described_entries if self._describes_tables else table_states
-        for table, entries in states(self.dynamic_lookup).items():
+        if self._describes_tables:
+            states: Mapping[str, Mapping[str, Any]] = described_entries(self.dynamic_lookup)
+        else:
+            with collective("state_dict()", self.dynamic_lookup.process_group):
+                states = table_states(self.dynamic_lookup)
+        for table, entries in states.items():
             destination.update({f"{prefix}embeddings.{table}.{name}": value for name, value in entries.items()})
 
     @staticmethod
@@ -310,4 +315,5 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
             )
         # Rows that do not fit are an error of ours; entries that are missing are one of torch's.
         torch_will_raise = self._loads_strictly and not taken.complete
-        restore_tables(self.dynamic_lookup, taken, error, change=not torch_will_raise)
+        with collective("load_state_dict()", self.dynamic_lookup.process_group):
+            restore_tables(self.dynamic_lookup, taken, error, change=not torch_will_raise)

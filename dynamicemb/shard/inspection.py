@@ -14,7 +14,7 @@ from torch import nn
 from dynamicemb.errors import ConfigError
 from dynamicemb.options import DynamicEmbEvictStrategy
 from dynamicemb.shard.gloo import let_go
-from dynamicemb.shard.tables import DynamicTable, dynamic_tables
+from dynamicemb.shard.tables import DynamicTable, all_ranks, dynamic_tables
 
 __all__ = ["TableStatistics", "get_score", "set_score", "table_statistics"]
 
@@ -55,10 +55,19 @@ def table_statistics(model: nn.Module) -> dict[str, TableStatistics]:
     """Statistics of every dynamic table of ``model`` by name. All ranks call it together; it waits for the device.
 
     A name that several collections use is prefixed with the path of the collection, here and in the functions below.
+
+    Raises:
+        CollectiveError: other ranks did not call this within the time-out of their group.
     """
+    tables = _tables(model)
+    with all_ranks("table_statistics()", tables.values()):
+        return _statistics(tables)
+
+
+def _statistics(tables: Mapping[str, DynamicTable]) -> dict[str, TableStatistics]:
     result: dict[str, TableStatistics] = {}
     reduced: Optional[dist.ProcessGroup] = None
-    for name, table in _tables(model).items():
+    for name, table in tables.items():
         group, process_group = table.group, table.process_group
         counters, size = group.counters()[table.index], group.storage.geometries[table.index]
         sizes = [counters.size, size.max_slots, size.slots]

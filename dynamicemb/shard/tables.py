@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Optional
 
@@ -11,11 +12,12 @@ from torch import nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from dynamicemb.shard.collection import ShardedDynamicEmbeddingCollection
+from dynamicemb.shard.collective import collective
 from dynamicemb.shard.lookup import GroupModule
 from dynamicemb.shard.optimizer import DynamicFusedOptimizer
 from dynamicemb.table.group import TableGroup
 
-__all__ = ["DynamicTable", "dynamic_collections", "dynamic_tables"]
+__all__ = ["DynamicTable", "all_ranks", "dynamic_collections", "dynamic_tables"]
 
 #: What the model itself is called in the path of a collection.
 _MODEL = "model"
@@ -89,3 +91,17 @@ def dynamic_tables(model: nn.Module) -> list[DynamicTable]:
                     DynamicTable(path, config.name, module.group, index, lookup.process_group, module.fused_optimizer)
                 )
     return tables
+
+
+@contextmanager
+def all_ranks(call: str, tables: Iterable[DynamicTable]) -> Iterator[None]:
+    """Lets the body begin when all ranks that share any of the tables have come to ``call``.
+
+    Raises:
+        CollectiveError: see :func:`~dynamicemb.shard.collective.collective`.
+    """
+    groups = dict.fromkeys(table.process_group for table in tables)
+    with ExitStack() as stack:
+        for group in groups:
+            stack.enter_context(collective(call, group))
+        yield
