@@ -18,6 +18,7 @@ from dynamicemb.errors import (
     DynamicEmbWarning,
     InstallationError,
     KeyTypeError,
+    OutOfMemoryError,
     RemoteRankError,
 )
 from dynamicemb.version import __version__
@@ -60,6 +61,7 @@ __all__ = [
     "DynamicEmbWarning",
     "InstallationError",
     "KeyTypeError",
+    "OutOfMemoryError",
     "RemoteRankError",
     "__version__",
     "incremental_dump",

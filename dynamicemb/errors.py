@@ -16,6 +16,7 @@ __all__ = [
     "DynamicEmbWarning",
     "InstallationError",
     "KeyTypeError",
+    "OutOfMemoryError",
     "RemoteRankError",
     "UnknownHyperparameterError",
 ]
@@ -57,6 +58,13 @@ class CapacityError(DynamicEmbError, RuntimeError):
 class CollectiveError(DynamicEmbError, RuntimeError):
     """A call that all ranks make together, and that others did not make within the time-out of their process group, or
     in which one of them no longer takes part."""
+
+
+class OutOfMemoryError(DynamicEmbError, RuntimeError, MemoryError):
+    """Memory of a table that the device has no room for. The message says for what, how much, and what there is.
+
+    Tables that could not be made or loaded raise on every rank. A table that could not grow is as it was before the
+    batch, and raises on its rank alone, in the middle of the forward pass: other ranks notice when its process ends."""
 
 
 class RemoteRankError(DynamicEmbError, RuntimeError):

@@ -14,9 +14,10 @@ from torch import nn
 from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup
 from torchrec.optim.fused import FusedOptimizerModule
 
-from dynamicemb.errors import CapacityError, DynamicEmbWarning
+from dynamicemb.errors import CapacityError, DynamicEmbWarning, OutOfMemoryError
 from dynamicemb.kernels.engine import engine_name
 from dynamicemb.options import DynamicEmbCheckMode
+from dynamicemb.shard.agreement import raise_on_all_ranks
 from dynamicemb.shard.optimizer import DynamicFusedOptimizer
 from dynamicemb.shard.parameter import TableParameter
 from dynamicemb.shard.route import OwnedKeys
@@ -126,9 +127,13 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
         self.process_group = pg
         self._output_dtype = output_dtype
         world_size = 1 if pg is None else pg.size()
-        self.group_modules = nn.ModuleList(
-            GroupModule(TableGroup(configs, world_size, device), frozen) for configs in groups
-        )
+        modules, no_room = [], None
+        try:
+            modules = [GroupModule(TableGroup(configs, world_size, device), frozen) for configs in groups]
+        except OutOfMemoryError as caught:
+            no_room = caught
+        raise_on_all_ranks(no_room, pg, "make its tables")
+        self.group_modules = nn.ModuleList(modules)
         self._checked = any(
             config.safe_check_mode is not DynamicEmbCheckMode.IGNORE for configs in groups for config in configs
         )

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from dynamicemb.errors import ConfigError, RemoteRankError
+from dynamicemb.errors import ConfigError
 from dynamicemb.planner.capacity import resolve_options
 from dynamicemb.planner.constraints import DYNAMIC_KERNEL, DYNAMIC_SHARDING_TYPE
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding
+from dynamicemb.shard.agreement import gathered, raise_on_all_ranks
 
 __all__ = ["checked_plan"]
 
@@ -109,20 +110,11 @@ def _agree(
         for name, sharding in checked.items()
         if isinstance(sharding, DynamicEmbParameterSharding)
     }
-    outcomes: list[Any] = [(None if error is None else str(error), dynamic)]
-    if group is not None and group.size() > 1:
-        outcomes = [None] * group.size()
-        dist.all_gather_object(outcomes, (None if error is None else str(error), dynamic), group=group)
-    if error is not None:
-        raise error
-    for rank, (message, _) in enumerate(outcomes):
-        if message is not None:
-            raise RemoteRankError(f"rank {rank} of the process group cannot carry out its plan: {message}")
-    for rank, (_, others) in enumerate(outcomes):
-        if others != outcomes[0][1]:
-            differing = sorted(
-                name for name in {**others, **outcomes[0][1]} if others.get(name) != outcomes[0][1].get(name)
-            )
+    raise_on_all_ranks(error, group, "carry out its plan")
+    plans = gathered(dynamic, group)
+    for rank, others in enumerate(plans):
+        if others != plans[0]:
+            differing = sorted(name for name in {**others, **plans[0]} if others.get(name) != plans[0].get(name))
             raise ConfigError(
                 f"ranks 0 and {rank} have different plans for the tables {differing}; make one plan for all ranks, as "
                 "DynamicEmbeddingShardingPlanner.collective_plan does"

@@ -11,9 +11,10 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 
-from dynamicemb.errors import CheckpointError, DynamicEmbWarning, RemoteRankError
+from dynamicemb.errors import CheckpointError, DynamicEmbWarning, OutOfMemoryError, RemoteRankError
 from dynamicemb.kernels.update import HyperparameterColumn
 from dynamicemb.options import DynamicEmbEvictStrategy
+from dynamicemb.shard.agreement import raise_on_all_ranks
 from dynamicemb.shard.checked_state import REMEDY, CheckedTable, checked_table
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.state_dict import (
@@ -111,6 +112,7 @@ def restore_tables(
     Raises:
         CheckpointError: an entry is not what it should be, the rows cannot be rows of the table, or are not this
             rank's. No table has changed.
+        OutOfMemoryError: no room for the rows; the table that it names is empty.
         RemoteRankError: that happened on another rank.
     """
     pg = lookup.process_group
@@ -124,8 +126,13 @@ def restore_tables(
     top_scores = _agree(checked, error, pg)
     if not change:
         return
-    for entry in checked:
-        _replace(entry, top_scores[entry.table.name], pg)
+    no_room = None
+    try:
+        for entry in checked:
+            _replace(entry, top_scores[entry.table.name], pg)
+    except OutOfMemoryError as caught:
+        no_room = caught
+    raise_on_all_ranks(no_room, pg, "load its state dict")
     _warn_about_what_is_missing(checked)
 
 

@@ -8,6 +8,7 @@ from typing import Optional
 import numpy as np
 import torch
 
+from dynamicemb.errors import OutOfMemoryError
 from dynamicemb.kernels.hashing import buckets
 from dynamicemb.table.group import TableGroup
 
@@ -57,6 +58,9 @@ class TableFilling:
         group, table: the table.
         rows: how many will come; decides about the size that the table starts with.
         slots: the size that the table had when the rows were saved, if it is one that this table can have.
+
+    Raises:
+        OutOfMemoryError: no room for the rows, here or in :meth:`add`. The table is empty, or has a part of them.
     """
 
     def __init__(self, group: TableGroup, table: int, rows: int, slots: Optional[int] = None) -> None:
@@ -68,7 +72,11 @@ class TableFilling:
         if saved is None or saved.slots < geometry.slots:
             saved = geometry.sized_for(rows, config.max_load_factor)
         self._initial_state = config.optimizer.initial_state
-        self._contents.clear(saved)
+        try:
+            self._contents.clear(saved)
+        except OutOfMemoryError:  # the table is empty
+            group.restore(table, group.progress(table), 0)
+            raise
         # Rows of the last bucket seen, of which more may come.
         self._open: Optional[HostRows] = None
         #: Rows that found a place, and those that did not.

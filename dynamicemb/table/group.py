@@ -116,8 +116,9 @@ class TableGroup:
         self.device = device
         self.evict_strategy = configs[0].evict_strategy
         self._weight_decay_mode = configs[0].optimizer.applied_weight_decay
-        self.storage = GroupStorage([config.geometry() for config in configs], configs[0].layout, world_size, device)
         names, seeds = [config.name for config in configs], [config.seed for config in configs]
+        geometries = [config.geometry() for config in configs]
+        self.storage = GroupStorage(geometries, configs[0].layout, world_size, device, names)
         states = [config.optimizer.initial_state for config in configs]
         self._initializer = initializer_view(names, seeds, [config.initializer for config in configs], states, device)
         self._eval_initializer = initializer_view(
@@ -159,10 +160,13 @@ class TableGroup:
 
         Returns:
             The rows, float32 [N, dim] (zeros for refused keys), and what :meth:`apply_gradients` needs.
+
+        Raises:
+            OutOfMemoryError: a table must grow, and the device has no room for it. Nothing has changed.
         """
         unique = dedup(keys, tables, len(self.configs), self.world_size)
-        self.clock += 1
         self._grow_for(unique, keys.numel())
+        self.clock += 1
         scores = self._scores(unique, counts)
         slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU)
         insertion = insert(self.storage.view, unique, slots, scores)
@@ -328,9 +332,11 @@ class TableGroup:
 
     def reset(self, table: int) -> None:
         """Empties a table: it is as it was when it was made, but for hyperparameters and the customized score."""
-        self.contents(table).clear(self.configs[table].geometry())
         before = self.progress(table)
-        self.restore(table, dataclasses.replace(before, clock=0, steps=0, hits=0, evicted=0, refused=0), rows=0)
+        try:
+            self.contents(table).clear(self.configs[table].geometry())
+        finally:  # it is empty even if there is no memory for its first size
+            self.restore(table, dataclasses.replace(before, clock=0, steps=0, hits=0, evicted=0, refused=0), rows=0)
 
     def set_learning_rate(self, table: int, learning_rate: float) -> None:
         """Takes effect with the next update. Does not synchronise."""

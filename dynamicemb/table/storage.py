@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from dynamicemb.errors import ConfigError
-from dynamicemb.kernels.layout import MAX_CHUNKS, RowLayout, TableGeometry
+from dynamicemb.errors import ConfigError, OutOfMemoryError
+from dynamicemb.kernels.layout import MAX_CHUNKS, METADATA_BYTES_PER_SLOT, RowLayout, TableGeometry
 from dynamicemb.kernels.split import split
 from dynamicemb.kernels.views import AddressRow, GroupView
+from dynamicemb.table.memory import allocating
 
 __all__ = ["Chunk", "GroupStorage", "state_memory"]
 
@@ -59,6 +60,12 @@ class Chunk:
         return sum(tensor.nbytes for tensor in (self.digests, self.keys, self.scores, self.rows))
 
 
+_SMALLER = (
+    "lower num_embeddings or max_capacity, use more ranks, or rows of 16 bits (embedding_dtype); a smaller "
+    "init_capacity takes memory only as the table fills"
+)
+
+
 class GroupStorage:
     """The memory of tables that share a row layout and a bucket capacity.
 
@@ -67,14 +74,21 @@ class GroupStorage:
         layout: bytes of a row.
         world_size: ranks that share the tables.
         device: where the memory is taken.
+        names: of the tables, for messages.
 
     Raises:
         ConfigError: no table, tables of different bucket capacities, or no rank.
+        OutOfMemoryError: the device has no room for a table.
     """
 
     @state_memory()
     def __init__(
-        self, geometries: Sequence[TableGeometry], layout: RowLayout, world_size: int, device: torch.device
+        self,
+        geometries: Sequence[TableGeometry],
+        layout: RowLayout,
+        world_size: int,
+        device: torch.device,
+        names: Sequence[str] = (),
     ) -> None:
         if len({size.bucket_capacity for size in geometries}) != 1:
             capacities = sorted({size.bucket_capacity for size in geometries})
@@ -82,6 +96,7 @@ class GroupStorage:
         if world_size < 1:
             raise ConfigError(f"world_size={world_size} is not a number of ranks; use 1 or more")
         self.geometries = list(geometries)
+        self._names = [f"table '{name}'" for name in names] or [f"table {table}" for table in range(len(geometries))]
         self.layout = layout
         self.device = device
         self.chunks: list[list[Chunk]] = []
@@ -91,11 +106,15 @@ class GroupStorage:
         self.view = GroupView(addresses, geometry, bucket_capacity, world_size, layout)
         for table, size in enumerate(geometries):
             self.chunks.append([])
-            self._add_chunk(table, size.slots)
+            self._add_chunk(table, size.slots, "memory for", _SMALLER)
             self._store_geometry(table)
 
-    def _add_chunk(self, table: int, slots: int) -> None:
-        self.chunks[table].append(Chunk.allocate(slots, self.layout, self.device))
+    def _add_chunk(self, table: int, slots: int, what: str, remedy: str) -> None:
+        """All of a chunk, or an error before anything has changed."""
+        num_bytes = slots * (METADATA_BYTES_PER_SLOT + self.layout.row_bytes)
+        with allocating(f"{self._names[table]}: {what} {slots} rows", num_bytes, self.device, remedy):
+            chunk = Chunk.allocate(slots, self.layout, self.device)
+        self.chunks[table].append(chunk)
         self._store_addresses(table, len(self.chunks[table]) - 1)
 
     def _store_addresses(self, table: int, number: int) -> None:
@@ -121,22 +140,37 @@ class GroupStorage:
         """Adds a chunk as large as the table is now (less at the very end) and moves the entries that belong there.
 
         Peak memory is the size afterwards: nothing is copied aside.
+
+        Raises:
+            OutOfMemoryError: the device has no room for the chunk. The table is as it was.
         """
         before = self.geometries[table]
         after = before.doubled()
-        self._add_chunk(table, after.chunk_buckets(after.levels) * after.bucket_capacity)
+        remedy = f"the table keeps its {before.slots} slots and what is in them; {_SMALLER}"
+        self._add_chunk(table, after.chunk_buckets(after.levels) * after.bucket_capacity, "growing by", remedy)
         self.geometries[table] = after
         self._store_geometry(table)
         split(self.view, table, before.buckets)
 
     def replace(self, table: int, geometry: TableGeometry) -> None:
-        """Gives a table new, empty memory of size ``geometry``, which has one chunk. The old memory is freed."""
+        """Gives a table new, empty memory of size ``geometry``, which has one chunk. The old memory is freed first.
+
+        Raises:
+            OutOfMemoryError: the device has no room for that. The table is empty, and of the least size it can have.
+        """
         assert geometry.levels == 0, "a table that has grown has chunks that only growth makes"
+        try:
+            self._put_in_place(table, geometry)
+        except OutOfMemoryError:
+            self._put_in_place(table, TableGeometry.create(geometry.max_slots, 1, geometry.bucket_capacity))
+            raise
+
+    def _put_in_place(self, table: int, geometry: TableGeometry) -> None:
         columns = slice(table * MAX_CHUNKS, (table + 1) * MAX_CHUNKS)
         self.view.addresses[:, columns] = 0
         self.chunks[table].clear()
         self.geometries[table] = geometry
-        self._add_chunk(table, geometry.slots)
+        self._add_chunk(table, geometry.slots, "memory for", f"the table is empty now; {_SMALLER}")
         self._store_geometry(table)
 
     @property
