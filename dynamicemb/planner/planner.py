@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Optional, Union
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchrec.distributed.planner.constants import DDR_CAP
 from torchrec.distributed.planner.planners import EmbeddingShardingPlanner
 from torchrec.distributed.planner.types import (
     Enumerator,
@@ -38,6 +40,7 @@ from dynamicemb.planner.tables import (
     table_sites,
     warn_about_what_has_no_effect,
 )
+from dynamicemb.table.memory import memory_of
 
 __all__ = ["DynamicEmbeddingShardingPlanner"]
 
@@ -54,7 +57,9 @@ class DynamicEmbeddingShardingPlanner(EmbeddingShardingPlanner):
 
     Args:
         eb_configs: configs of the model's tables. Not needed, because the model has them; if given, they are compared.
-        topology: the devices; None: TorchRec's default, from the process group.
+        topology: the devices; None: TorchRec's default, from the process group. On a CPU without a ``ddr_cap`` (or with
+            128 GiB, TorchRec's default), the memory of this machine, divided by the ranks that share it, takes its
+            place: a plan that it cannot hold is refused.
         batch_size: samples of a rank's batch; None: TorchRec's default.
         enumerator: a :class:`DynamicEmbeddingEnumerator` with the same constraints; None: one is made.
         storage_reservation, proposer, partitioner, performance_model: TorchRec's.
@@ -107,6 +112,10 @@ class DynamicEmbeddingShardingPlanner(EmbeddingShardingPlanner):
         # Private attributes of torchrec's planner: it fills in the defaults of topology and batch size, which our
         # enumerator needs, and it has no public way to tell them or to exchange the enumerator.
         self._enumerator: Enumerator
+        self._topology: Topology
+        self._measured_bytes = _memory_of_a_rank(self._topology)
+        if self._measured_bytes is not None:
+            self._topology = _with_host_memory(self._topology, self._measured_bytes)
         if enumerator is None:
             self._enumerator = DynamicEmbeddingEnumerator(self._topology, self._batch_size, constraints)
         elif topology is None:
@@ -130,7 +139,8 @@ class DynamicEmbeddingShardingPlanner(EmbeddingShardingPlanner):
             if not tables or error.error_type not in _MEMORY_ERRORS:
                 raise
             raise PlannerError(
-                message=f"{error}\n{_memory_report(tables, self._topology)}", error_type=error.error_type
+                message=f"{error}\n{_memory_report(tables, self._topology, self._measured_bytes)}",
+                error_type=error.error_type,
             ) from error
         return _with_dynamic_tables(plan, tables)
 
@@ -245,7 +255,24 @@ def _with_dynamic_tables(plan: ShardingPlan, tables: Mapping[tuple[str, str], Dy
     return plan
 
 
-def _memory_report(tables: Mapping[tuple[str, str], DynamicTable], topology: Topology) -> str:
+def _memory_of_a_rank(topology: Topology) -> Optional[int]:
+    """Bytes of this machine's memory for each of its ranks; None where the topology says what there is."""
+    told = any(device.storage.ddr != DDR_CAP for device in topology.devices)
+    if topology.compute_device != "cpu" or told:
+        return None
+    return memory_of(torch.device("cpu")).total // topology.local_world_size
+
+
+def _with_host_memory(topology: Topology, num_bytes: int) -> Topology:
+    topology = copy.deepcopy(topology)
+    for device in topology.devices:
+        device.storage.ddr = num_bytes
+    return topology
+
+
+def _memory_report(
+    tables: Mapping[tuple[str, str], DynamicTable], topology: Topology, measured_bytes: Optional[int]
+) -> str:
     lines = [
         f"  '{table.name}': {table.total_bytes} bytes on each of {topology.world_size} ranks ({table.slots} rows of "
         f"{table.layout.row_bytes} bytes with optimizer state, and {table.metadata_bytes} bytes of keys and scores)"
@@ -257,6 +284,14 @@ def _memory_report(tables: Mapping[tuple[str, str], DynamicTable], topology: Top
             f"Dynamic tables take {total_bytes} bytes ({format_bytes(total_bytes)}) on each rank, without input and "
             "output buffers:",
             *lines,
+            *(
+                []
+                if measured_bytes is None
+                else [
+                    f"This machine has {format_bytes(measured_bytes)} for each of its {topology.local_world_size} "
+                    "ranks; to plan for another one, give Topology(..., ddr_cap=...)."
+                ]
+            ),
             "Lower their num_embeddings or dynamicemb_options.max_capacity, use more ranks, or use float16 rows "
             "(dynamicemb_options.embedding_dtype).",
         ]

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.stats import EmbeddingStats, NoopEmbeddingStats
 from torchrec.distributed.planner.storage_reservations import (
@@ -24,8 +24,10 @@ from dynamicemb.planner import (
     DynamicEmbeddingShardingPlanner,
     DynamicEmbParameterSharding,
 )
+from dynamicemb.planner import planner as planner_module
 from dynamicemb.planner.capacity import resolve_options
 from dynamicemb.planner.stats import dynamic_table_rows, format_bytes
+from dynamicemb.table.memory import Memory
 from tests.planner.models import BATCH_SIZE, GIB, Model, collection, config, dynamic, sharders, topology
 
 
@@ -122,6 +124,44 @@ def test_a_plan_that_cannot_fit_on_hosts(reserve):
     assert f"Dynamic tables take {slots * 81 + 512 * 49} bytes" in message
     assert "Possible solutions" in message  # torchrec's own part
     assert message.index("'item': ") < message.index("'tag': ")
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """A machine of 2 MiB."""
+    monkeypatch.setattr(planner_module, "memory_of", lambda device: Memory(2 * 2**20, 2**20))
+
+
+@pytest.mark.parametrize("ranks_on_machine", [1, 2])
+def test_memory_of_this_machine_is_the_budget_on_a_cpu(small_machine, ranks_on_machine):
+    place = Topology(world_size=2, local_world_size=ranks_on_machine, compute_device="cpu")
+    before = copy.deepcopy(place)
+    # 512 rows of 81 bytes each way fit; 13,000 rows, 1 MiB on each of two ranks, only if a rank has it all.
+    planner({"item": dynamic()}, topology=place).plan(Model(), sharders())
+    large = planner({"item": dynamic(DynamicEmbTableOptions(max_capacity=13_000))}, topology=place)
+    if ranks_on_machine == 1:
+        large.plan(Model(), sharders())
+    else:
+        with pytest.raises(PlannerError, match=r"This machine has 1 MiB for each of its 2 ranks; .*ddr_cap") as caught:
+            large.plan(Model(), sharders())
+        assert caught.value.error_type is PlannerErrorType.INSUFFICIENT_STORAGE
+        assert "'item': 1057536 bytes on each of 2 ranks" in str(caught.value)
+    assert repr(place) == repr(before), "the user's topology is not modified"
+
+
+def test_a_given_ddr_cap_is_the_budget(small_machine):
+    constraints = {"item": dynamic(DynamicEmbTableOptions(max_capacity=100_000))}
+    planner(constraints, topology=topology(2, ddr_cap=100 * 2**20)).plan(Model(), sharders())
+    with pytest.raises(PlannerError) as caught:
+        planner(constraints, topology=topology(2, ddr_cap=2**20)).plan(Model(), sharders())
+    assert "This machine" not in str(caught.value)
+
+
+def test_a_table_that_this_machine_cannot_hold():
+    """Without a fixture: 10^12 rows of 64 bytes."""
+    with pytest.raises(PlannerError, match=r"'item': .* bytes on each of 2 ranks") as caught:
+        planner({"item": dynamic()}).plan(collection(config("item", num_embeddings=10**12)), sharders())
+    assert "This machine has" in str(caught.value)
 
 
 def test_a_plan_that_cannot_fit_on_gpus(gpu_pretended):
