@@ -51,6 +51,10 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
     Static tables are sharded as torchrec does it. The dynamic ones form one sharding of their own, which comes last;
     their ids are always deduplicated before they travel, whatever ``use_index_dedup`` says for the static ones.
     ``state_dict()`` and ``load_state_dict()`` are collective, see :mod:`dynamicemb.shard.state_dict`.
+
+    A dynamic table takes updates while ``requires_grad`` of its parameter is set; frozen, it still inserts new ids in
+    training. In evaluation rows are part of a graph where gradients are enabled, as torchrec's are, but a backward pass
+    changes no table. Writing to the parameter of a dynamic table raises: it has no rows.
     Arguments as for torchrec's class.
     """
 

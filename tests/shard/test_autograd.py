@@ -137,6 +137,7 @@ def buffers_on_ranks(rank: int, world_size: int) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_buffers_of_rows_that_travel() -> None:
     """gloo's thread may still have the tensors of the last collective; those of four steps would be forty and more."""
     for counts in run_on_ranks(2, buffers_on_ranks):

@@ -98,3 +98,26 @@ def test_a_table_that_may_have_to_grow_asks() -> None:
         step(train, group)
     with recorded(), pytest.raises(NotImplementedError, match="meta"):
         train(group)
+
+
+def test_freezing_a_table_does_not_wait_and_costs_nothing_where_none_is_frozen() -> None:
+    group = group_of(8)
+    weights = [torch.empty(0, device=META, requires_grad=True) for _ in group.configs]
+
+    def train_with_weights(group: TableGroup) -> None:
+        keys = torch.empty(KEYS, dtype=torch.int64, device=META)
+        tables = torch.empty(KEYS, dtype=torch.int32, device=META)
+        rows = lookup(group, weights[0], keys, tables, None, True, weights)
+        rows.backward(torch.empty_like(rows))
+
+    usual = step(train, group).kernels
+    assert step(train_with_weights, group).kernels == usual
+    for frozen in ({3}, {3, 5}, {5}, {1, 2, 3, 4, 5, 6, 7}):
+        for table, weight in enumerate(weights):
+            weight.requires_grad_(table not in frozen)
+        changing, steady = step(train_with_weights, group), step(train_with_weights, group)
+        assert changing.waits == steady.waits == []
+        assert len(steady.kernels) <= len(usual) + 3
+    for weight in weights:
+        weight.requires_grad_(True)
+    assert step(train_with_weights, group).kernels == usual
