@@ -12,6 +12,7 @@ from typing import Optional
 import numpy as np
 
 from dynamicemb.checkpoint.files.manifest import MANIFEST
+from dynamicemb.checkpoint.files.paths import PathLike, local_path
 from dynamicemb.checkpoint.files.reader import Checkpoint, Piece
 from dynamicemb.checkpoint.files.staging import Staging, finished
 from dynamicemb.checkpoint.files.writer import CheckpointWriter
@@ -20,6 +21,7 @@ from dynamicemb.checkpoint.formats.export import EXPORTS, export_table, file_sou
 from dynamicemb.checkpoint.formats.nvidia import looks_like_dump, nvidia_sources
 from dynamicemb.checkpoint.formats.sorting import ordered
 from dynamicemb.errors import CheckpointError, ConfigError
+from dynamicemb.names import unstorable
 
 __all__ = ["FORMATS", "convert", "detect"]
 
@@ -28,8 +30,8 @@ Progress = Callable[[str, int, int], None]
 
 
 def convert(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
+    src: PathLike,
+    dst: PathLike,
     to: str,
     world_size: Optional[int] = None,
     overwrite: bool = False,
@@ -64,7 +66,7 @@ def convert(
     """
     _check_arguments(to, world_size)
     hints = Hints(dim, dtype, evict_strategy)
-    source_path, target = Path(os.path.abspath(src)), Path(os.path.abspath(dst))
+    source_path, target = (Path(os.path.abspath(local_path(path, name))) for path, name in ((src, "src"), (dst, "dst")))
     if target in source_path.parents or source_path in target.parents:
         raise CheckpointError(f"{target} and {source_path} lie one inside the other; choose another path")
     with contextlib.ExitStack() as stack:
@@ -86,19 +88,19 @@ def _check_arguments(to: str, world_size: Optional[int]) -> None:
     prepare(to)
 
 
-def detect(path: str | os.PathLike[str]) -> str:
+def detect(path: PathLike) -> str:
     """Which of :data:`FORMATS` is at ``path``.
 
     Raises:
         CheckpointError: none, or several.
     """
-    path = Path(path)
-    if (finished(path) / MANIFEST).exists():
+    path = local_path(path)
+    if os.path.exists(finished(path) / MANIFEST):
         return "native"
-    if path.is_file() and path.suffix.removeprefix(".") in EXPORTS:
+    if os.path.isfile(path) and path.suffix.removeprefix(".") in EXPORTS:
         return path.suffix.removeprefix(".")
-    if not path.is_dir():
-        what = "not a Parquet or safetensors file, nor a folder" if path.exists() else "no such file or folder"
+    if not os.path.isdir(path):
+        what = "not a Parquet or safetensors file, nor a folder" if os.path.exists(path) else "no such file or folder"
         raise CheckpointError(f"{path}: {what}; give the path of a checkpoint")
     if path.name.endswith(".unfinished"):
         raise CheckpointError(f"{path}: a dump that was never finished; use the checkpoint beside it, or dump again")
@@ -156,8 +158,11 @@ def _check_names(path: Path, sources: list[Source]) -> None:
     seen = set()
     for source in sources:
         name = f"{source.collection}/{source.table}"
-        if not source.collection or source.collection in (".", "..") or name in seen:
-            raise CheckpointError(f"{path}: {name!r} cannot be a table's name, or occurs twice; rename the folder")
+        reason = (
+            unstorable(source.collection) or unstorable(source.table) or ("it occurs twice" if name in seen else None)
+        )
+        if reason:
+            raise CheckpointError(f"{path}: {name!r} cannot be a table's name: {reason}; rename the file or the folder")
         seen.add(name)
 
 

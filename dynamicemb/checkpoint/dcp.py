@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, StorageReader
 
 from dynamicemb.checkpoint.dcp_tables import SavedRows, refuse_dynamic_for_static, saved_rows
+from dynamicemb.checkpoint.files.paths import local_path
 from dynamicemb.checkpoint.ranks import Ranks
 from dynamicemb.errors import CheckpointError
 from dynamicemb.kernels.hashing import owners
@@ -136,7 +137,8 @@ def _reader(checkpoint_id: CheckpointId, storage_reader: Optional[StorageReader]
     if storage_reader is None:
         if checkpoint_id is None:
             raise CheckpointError("give checkpoint_id, the folder of the checkpoint, or storage_reader")
-        return FileSystemReader(checkpoint_id)
+        reader = "give storage_reader, such as torch's FsspecReader, which reads from URLs"
+        return FileSystemReader(local_path(checkpoint_id, "checkpoint_id", reader))
     if checkpoint_id is not None:
         storage_reader.reset(checkpoint_id)
     return storage_reader

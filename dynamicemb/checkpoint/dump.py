@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Optional
 
@@ -16,13 +15,13 @@ from dynamicemb.checkpoint.arrays import RowBuffers
 from dynamicemb.checkpoint.files.crc import Span
 from dynamicemb.checkpoint.files.lineage import History, advanced, followed
 from dynamicemb.checkpoint.files.manifest import Manifest, TableRecord
+from dynamicemb.checkpoint.files.paths import PathLike
 from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, Rows, TableSchema
 from dynamicemb.checkpoint.files.staging import Staging
 from dynamicemb.checkpoint.files.writer import TableWriter, part_records, reserve, write_manifest, writing_behind
 from dynamicemb.checkpoint.progress import Reporter, progress
 from dynamicemb.checkpoint.ranks import Ranks
-from dynamicemb.checkpoint.selection import record_of, schema_of, selected_tables, shared_group
-from dynamicemb.shard.collective import collective
+from dynamicemb.checkpoint.selection import TableNames, check_storable, chosen, record_of, schema_of
 from dynamicemb.shard.tables import DynamicTable
 from dynamicemb.table.changes import Selection, Survey
 from dynamicemb.table.group import TableProgress
@@ -35,9 +34,9 @@ _PIECE_BYTES = 16 << 20
 
 
 def DynamicEmbDump(  # noqa: N802 - the name that users of other implementations know
-    path: str | os.PathLike[str],
+    path: PathLike,
     model: nn.Module,
-    table_names: Optional[Mapping[str, Sequence[str]]] = None,
+    table_names: TableNames = None,
     optim: Optional[bool] = False,
     pg: Optional[dist.ProcessGroup] = None,
     *,
@@ -58,18 +57,18 @@ def DynamicEmbDump(  # noqa: N802 - the name that users of other implementations
         overwrite: replace something at ``path`` that is not a checkpoint.
 
     Raises:
-        ConfigError: no such tables, or ``pg`` is not the group that they are spread over.
+        ConfigError: no such tables, or ``pg`` is not the group that they are spread over. ``path`` is no path, or is a
+            URL: checkpoints are written to file systems. A table or collection has a name that no file can have.
         CheckpointError: ``path`` cannot be written, is taken, or the disk is full. What was there is unchanged.
         RemoteRankError: that happened on another rank.
         CollectiveError: other ranks did not call this within the time-out of their group.
     """
-    tables = selected_tables(model, table_names)
-    group = shared_group(tables, pg)
-    for table in tables:
-        table.group.changes.begin()
-    extracts = [Extract(table, table.group.changes.checkpoints[table.index]) for table in tables]
-    with collective("DynamicEmbDump()", group):
-        write_checkpoint(Staging(path), extracts, bool(optim), Ranks(group), overwrite)
+    with chosen("DynamicEmbDump()", model, table_names, pg) as (tables, ranks):
+        staging = ranks.locally(lambda: Staging(path))
+        for table in tables:
+            table.group.changes.begin()
+        extracts = [Extract(table, table.group.changes.checkpoints[table.index]) for table in tables]
+        write_checkpoint(staging, extracts, bool(optim), ranks, overwrite)
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,7 @@ def write_checkpoint(staging: Staging, extracts: Sequence[Extract], optim: bool,
     Raises:
         CheckpointError, RemoteRankError: as :func:`DynamicEmbDump`.
     """
+    ranks.locally(lambda: check_storable(extract.table for extract in extracts))
     shares = ranks.together(lambda: [extract.share() for extract in extracts])
     jobs = [_Job(one, list(by_rank), optim, ranks.rank) for one, by_rank in zip(extracts, zip(*shares), strict=True)]
     try:

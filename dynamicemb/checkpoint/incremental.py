@@ -14,16 +14,21 @@ from torch import nn
 from dynamicemb.checkpoint.dump import Extract, write_checkpoint
 from dynamicemb.checkpoint.files.lineage import History, adopted, described, is_in
 from dynamicemb.checkpoint.files.manifest import Manifest, read_manifest
+from dynamicemb.checkpoint.files.paths import PathLike, local_path
 from dynamicemb.checkpoint.files.staging import Staging, finished
-from dynamicemb.checkpoint.ranks import Ranks
-from dynamicemb.checkpoint.selection import TableNames, selected_tables, shared_group
+from dynamicemb.checkpoint.selection import (
+    Collections,
+    TableNames,
+    check_collections,
+    chosen,
+    not_stored,
+    stored_name,
+)
 from dynamicemb.errors import CheckpointError, ConfigError
-from dynamicemb.shard.collective import collective
 from dynamicemb.shard.tables import DynamicTable
 
 __all__ = ["incremental_dump"]
 
-PathLike = Union[str, os.PathLike[str]]
 #: The step that each table's delta begins at, and what the table has been through, by collection and name.
 _Starts = Mapping[tuple[str, str], tuple[int, History]]
 
@@ -37,6 +42,7 @@ def incremental_dump(
     pg: Optional[dist.ProcessGroup] = None,
     *,
     overwrite: bool = False,
+    collections: Optional[Collections] = None,
 ) -> None:
     """Writes what has changed in the dynamic tables of ``model`` since an earlier checkpoint: rows that were touched,
     and the keys that were evicted and are not there now. Called by all ranks together, between two steps.
@@ -63,9 +69,12 @@ def incremental_dump(
         optim: also save optimizer state; the same for all checkpoints of a chain.
         pg: the ranks that share the tables; None: the group that the model was sharded over.
         overwrite: replace something at ``path`` that is not a delta.
+        collections: where the checkpoint ``since`` has the collections of the model, if under other paths, such as
+            ``{"model": "model.net"}``; the delta has the model's own.
 
     Raises:
-        ConfigError: no such tables, ``since`` is no step, or ``pg`` is not the group that the tables are spread over.
+        ConfigError: no such tables or collections, ``since`` is no step, ``pg`` is not the group that the tables are
+            spread over, a path is none, or a URL.
         CheckpointError: changes since then are not known, or all evicted keys are not: the message says since when
             they are, and that a full dump is always possible. The checkpoint ``since`` is not one, has not these
             tables, was written with another ``optim``, or is of another run: the model has neither written it nor
@@ -74,11 +83,11 @@ def incremental_dump(
         RemoteRankError: that happened on another rank.
         CollectiveError: other ranks did not call this within the time-out of their group.
     """
-    tables = selected_tables(model, table_names)
-    group = shared_group(tables, pg)
-    ranks, staging = Ranks(group), Staging(path)
-    with collective("incremental_dump()", group):
-        starts = ranks.first(lambda: _starts(since, tables, bool(optim), staging, overwrite))
+    renamed = {} if collections is None else collections
+    with chosen("incremental_dump()", model, table_names, pg) as (tables, ranks):
+        ranks.locally(lambda: check_collections(renamed, model))
+        staging = ranks.locally(lambda: Staging(path))
+        starts = ranks.first(lambda: _starts(since, tables, bool(optim), staging, overwrite, renamed))
         for table in tables:
             table.group.changes.begin()
         lags = ranks.together(
@@ -93,12 +102,17 @@ def incremental_dump(
 
 
 def _starts(
-    since: Union[int, PathLike], tables: Sequence[DynamicTable], optim: bool, staging: Staging, overwrite: bool
+    since: Union[int, PathLike],
+    tables: Sequence[DynamicTable],
+    optim: bool,
+    staging: Staging,
+    overwrite: bool,
+    collections: Collections,
 ) -> _Starts:
     if not overwrite:
         _refuse_full(staging)
     if isinstance(since, (str, os.PathLike)):
-        return _starts_at(Path(since), tables, optim, staging)
+        return _starts_at(local_path(since, "since"), tables, optim, staging, collections)
     if isinstance(since, bool) or not isinstance(since, int) or since < 0:
         raise ConfigError(
             f"since={since!r} is no step; give the path of the earlier checkpoint, or a number of training steps from "
@@ -124,21 +138,22 @@ def _refuse_full(staging: Staging) -> None:
         )
 
 
-def _starts_at(earlier: Path, tables: Sequence[DynamicTable], optim: bool, staging: Staging) -> _Starts:
+def _starts_at(
+    earlier: Path, tables: Sequence[DynamicTable], optim: bool, staging: Staging, collections: Collections
+) -> _Starts:
     """The clocks of the checkpoint ``earlier``, which must be one that the tables have been through."""
     folder = finished(earlier)
     if os.path.realpath(earlier) == os.path.realpath(staging.path):
         raise CheckpointError(f"{earlier}: the delta would take the place of the checkpoint that it follows; "
                               "choose another path")  # fmt: skip
     manifest: Manifest = read_manifest(folder)
+    records = {(name, table): record for name, stored in manifest.tables.items() for table, record in stored.items()}
     starts = {}
     for table in tables:
-        record = manifest.tables.get(table.collection, {}).get(table.name)
-        if record is None:
-            raise CheckpointError(
-                f"{folder} has no table '{table.name}' in '{table.collection}'; name the tables that it has in "
-                "table_names, or make a full dump"
-            )
+        name = stored_name(records, table, collections)
+        if name is None:
+            raise CheckpointError(f"{not_stored(folder, records, table, collections)}, or make a full dump")
+        record = records[name]
         if record.optimizer.saved != optim:
             raise CheckpointError(
                 f"{folder}: table '{table.name}' was saved with optim={record.optimizer.saved}; use the same for the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Optional, Union
@@ -17,29 +17,38 @@ from dynamicemb.checkpoint.arrays import from_disk
 from dynamicemb.checkpoint.chain import ChainedTable
 from dynamicemb.checkpoint.files.lineage import history_of
 from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.paths import PathLike
 from dynamicemb.checkpoint.files.reader import Checkpoint
 from dynamicemb.checkpoint.passes import FullTable, Pass, Spans, TableSource, problems_of, read_ahead
 from dynamicemb.checkpoint.progress import Reporter, progress
 from dynamicemb.checkpoint.ranks import Ranks
-from dynamicemb.checkpoint.selection import TableNames, progress_of, selected_tables, shared_group
-from dynamicemb.errors import CheckpointError, DynamicEmbWarning
+from dynamicemb.checkpoint.selection import (
+    Collections,
+    TableNames,
+    check_collections,
+    chosen,
+    not_stored,
+    progress_of,
+    stored_name,
+)
+from dynamicemb.errors import CheckpointError, ConfigError, DynamicEmbWarning
 from dynamicemb.kernels.hashing import owner_range
-from dynamicemb.shard.collective import collective
+from dynamicemb.names import did_you_mean, listed
 from dynamicemb.shard.tables import DynamicTable
 from dynamicemb.table.compatibility import SavedTable, check_fit
 from dynamicemb.table.filling import TableFilling
 
 __all__ = ["DynamicEmbLoad"]
 
-Path = Union[str, os.PathLike[str]]
-
 
 def DynamicEmbLoad(  # noqa: N802 - the name that users of other implementations know
-    path: Union[Path, Sequence[Path]],
+    path: Union[PathLike, Iterable[PathLike]],
     model: nn.Module,
     table_names: TableNames = None,
     optim: Optional[bool] = False,
     pg: Optional[dist.ProcessGroup] = None,
+    *,
+    collections: Optional[Collections] = None,
 ) -> None:
     """Replaces the contents of the dynamic tables of ``model`` by those of a checkpoint. Called by all ranks together.
 
@@ -55,22 +64,25 @@ def DynamicEmbLoad(  # noqa: N802 - the name that users of other implementations
         optim: also restore optimizer state, update steps and hyperparameters (the learning rate among them), with which
             training goes on exactly. Without, they begin anew, with the model's own hyperparameters.
         pg: the ranks that share the tables; None: the group that the model was sharded over.
+        collections: where the checkpoint has the collections of the model, if under other paths: ``{"model":
+            "model.net"}`` loads what was written of the collection at ``model.net`` into that at ``model``. Deltas may
+            have either path.
 
     Where a bucket has more rows than slots and the table cannot grow, those with the highest scores are kept; a
     :class:`~dynamicemb.errors.DynamicEmbWarning` says how many were left out.
 
     Raises:
-        ConfigError: no such tables, or ``pg`` is not the group that they are spread over.
+        ConfigError: no such tables or collections, ``pg`` is not the group that they are spread over, or a path is
+            none, or is a URL: checkpoints are read from file systems.
         CheckpointError: the checkpoint is missing, damaged, incomplete or does not fit. The model is unchanged.
         RemoteRankError: that happened on another rank.
         CollectiveError: other ranks did not call this within the time-out of their group.
     """
-    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    tables = selected_tables(model, table_names)
-    group = shared_group(tables, pg)
-    ranks = Ranks(group)
-    with collective("DynamicEmbLoad()", group), ExitStack() as stack:
-        jobs = ranks.locally(lambda: _open(stack, paths, tables, table_names, bool(optim), ranks))
+    renamed = {} if collections is None else collections
+    with chosen("DynamicEmbLoad()", model, table_names, pg) as (tables, ranks), ExitStack() as stack:
+        ranks.locally(lambda: check_collections(renamed, model))
+        checkpoints = ranks.locally(lambda: [stack.enter_context(Checkpoint(one)) for one in _paths(path)])
+        jobs = ranks.locally(lambda: _jobs(checkpoints, tables, table_names is None, bool(optim), renamed))
         _Loading(jobs, ranks).run()
         ranks.let_go()
 
@@ -87,18 +99,33 @@ class _Job:
         return self.source.between(*owner_range(ranks.rank, ranks.size))
 
 
-def _open(
-    stack: ExitStack, paths: list[Path], tables: list[DynamicTable], names: TableNames, optim: bool, ranks: Ranks
+def _paths(path: Union[PathLike, Iterable[PathLike]]) -> list[PathLike]:
+    several = isinstance(path, Iterable) and not isinstance(path, (str, bytes, os.PathLike))
+    paths = list(path) if several else [path]  # type: ignore[arg-type]
+    if not paths:
+        raise CheckpointError("no checkpoint to load; give the path of one, or of a full one and its deltas")
+    return paths  # type: ignore[return-value]
+
+
+def _jobs(
+    checkpoints: list[Checkpoint], tables: list[DynamicTable], every: bool, optim: bool, collections: Collections
 ) -> list[_Job]:
-    checkpoints = [stack.enter_context(Checkpoint(path)) for path in paths]
+    stored = {collection for checkpoint in checkpoints for collection, _ in checkpoint.tables}
+    for here, there in collections.items():
+        if there not in stored:
+            hint = did_you_mean(there, sorted(stored))
+            raise ConfigError(
+                f"collections[{here!r}]: {checkpoints[-1].path} has no collection {there!r}{hint}; it has "
+                f"{listed(sorted(stored)) or 'none'}"
+            )
     jobs = []
     for table in tables:
-        source = _source(checkpoints, table)
+        source = _source(checkpoints, table, collections)
         _check_fit(checkpoints[-1], table, source.record, optim)
         jobs.append(_Job(table, source, optim))
-    if names is None:
-        here = {(table.collection, table.name) for table in tables}
-        if extra := sorted(set(checkpoints[-1].tables) - here):
+    if every:
+        loaded = {(job.source.tables[-1].collection, job.table.name) for job in jobs}
+        if extra := sorted(set(checkpoints[-1].tables) - loaded):
             raise CheckpointError(
                 f"{checkpoints[-1].path} has table '{extra[0][1]}' in '{extra[0][0]}', which the model does not; "
                 "name the tables to load in table_names"
@@ -106,18 +133,13 @@ def _open(
     return jobs
 
 
-def _source(checkpoints: list[Checkpoint], table: DynamicTable) -> TableSource:
-    if not checkpoints:
-        raise CheckpointError("no checkpoint to load; give the path of one, or of a full one and its deltas")
+def _source(checkpoints: list[Checkpoint], table: DynamicTable, collections: Collections) -> TableSource:
     stored = []
     for checkpoint in checkpoints:
-        if (table.collection, table.name) not in checkpoint.tables:
-            known = ", ".join(f"{collection}/{name}" for collection, name in checkpoint.tables) or "no tables"
-            raise CheckpointError(
-                f"{checkpoint.path} has no table '{table.name}' in '{table.collection}', but {known}; "
-                "name the tables to load in table_names"
-            )
-        stored.append(checkpoint.tables[table.collection, table.name])
+        name = stored_name(checkpoint.tables, table, collections)
+        if name is None:
+            raise CheckpointError(not_stored(checkpoint.path, checkpoint.tables, table, collections))
+        stored.append(checkpoint.tables[name])
     return FullTable(stored[0]) if len(stored) == 1 and stored[0].record.since is None else ChainedTable(stored)
 
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Optional, Union
+from typing import Optional
 
 import numpy as np
 
 from dynamicemb.checkpoint.chain import ChainPass, check_links
 from dynamicemb.checkpoint.files.lineage import merged_history
 from dynamicemb.checkpoint.files.manifest import TableRecord
+from dynamicemb.checkpoint.files.paths import PathLike, local_path
 from dynamicemb.checkpoint.files.reader import Checkpoint, StoredTable
 from dynamicemb.checkpoint.files.writer import CheckpointWriter, SequentialTableWriter
 from dynamicemb.checkpoint.passes import read_ahead
-from dynamicemb.errors import CheckpointError
+from dynamicemb.errors import CheckpointError, ConfigError
 
 __all__ = ["merge"]
 
-Path = Union[str, os.PathLike[str]]
 Progress = Callable[[str, int, int], None]
 
 
-def merge(paths: Sequence[Path], dst: Path, overwrite: bool = False, progress: Optional[Progress] = None) -> None:
+def merge(
+    paths: Iterable[PathLike], dst: PathLike, overwrite: bool = False, progress: Optional[Progress] = None
+) -> None:
     """Writes the checkpoint that a chain stands for: bit for bit that which a dump would have written right after the
     last delta. One process, no model, no GPU; memory does not depend on sizes.
 
@@ -39,6 +41,10 @@ def merge(paths: Sequence[Path], dst: Path, overwrite: bool = False, progress: O
         CheckpointError: the paths are no chain (a gap, a wrong order, other tables), a file is missing or damaged, or
             ``dst`` cannot be written. Nothing is changed at ``dst``.
     """
+    if isinstance(paths, (str, bytes, os.PathLike)):
+        raise ConfigError(f"paths={paths!r} is one path; give a list: a full checkpoint and the deltas that follow it")
+    paths = [local_path(path, "paths") for path in paths]
+    local_path(dst, "dst")
     if not paths:
         raise CheckpointError("no checkpoints to merge; give a full one and the deltas that follow it")
     with ExitStack() as stack:

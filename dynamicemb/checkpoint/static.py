@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dynamicemb.checkpoint.ranks import Ranks
-from dynamicemb.checkpoint.selection import selected_tables
+from dynamicemb.checkpoint.selection import TableNames, selected_tables
 from dynamicemb.errors import CheckpointError, DynamicEmbWarning
 from dynamicemb.kernels.hashing import mix64, owners, sortable
 from dynamicemb.shard.state_dict import WEIGHT, is_dynamic
@@ -31,9 +31,7 @@ _SCANNED_IDS = 1 << 20
 _PIECE_BYTES = 8 << 20
 
 
-def load_static(
-    model: nn.Module, state_dict: Mapping[str, Any], table_names: Optional[Mapping[str, Sequence[str]]] = None
-) -> None:
+def load_static(model: nn.Module, state_dict: Mapping[str, Any], table_names: TableNames = None) -> None:
     """Replaces dynamic tables by the rows of static ones of the same names. All ranks call it together.
 
     Optimizer state begins anew, the table's count of updates with it; scores are 0, and the clock and the counts of

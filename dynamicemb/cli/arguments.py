@@ -9,9 +9,28 @@ from typing import Annotated, Optional
 
 import typer
 
-__all__ = ["CheckpointPath", "Json", "Overwrite", "TableChoice", "chosen_tables"]
+from dynamicemb.errors import ConfigError
 
-CheckpointPath = Annotated[Path, typer.Argument(metavar="PATH", help="Folder of a checkpoint.", show_default=False)]
+__all__ = ["CheckpointPath", "Json", "Overwrite", "TableChoice", "chosen_tables", "parsed_path"]
+
+
+def parsed_path(text: str) -> Path:
+    """What a path on the command line means.
+
+    Raises:
+        typer.BadParameter: it is none, or a URL.
+    """
+    from dynamicemb.checkpoint.files.paths import local_path
+
+    try:
+        return local_path(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+CheckpointPath = Annotated[
+    Path, typer.Argument(parser=parsed_path, metavar="PATH", help="Folder of a checkpoint.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Also replace something at the destination that is not a checkpoint.")

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from dynamicemb.cli.arguments import Json, Overwrite
+from dynamicemb.cli.arguments import Json, Overwrite, parsed_path
 
 __all__ = ["DType", "Format", "Strategy", "convert"]
 
@@ -43,10 +43,15 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="A checkpoint, a dump of NVIDIA dynamicemb, Parquet or safetensors.", show_default=False
+            parser=parsed_path,
+            metavar="SRC",
+            help="A checkpoint, a dump of NVIDIA dynamicemb, Parquet or safetensors.",
+            show_default=False,
         ),
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.", show_default=False)],
+    destination: Annotated[
+        Path, typer.Argument(parser=parsed_path, metavar="DST", help="Folder to write.", show_default=False)
+    ],
     to: Annotated[Format, typer.Option("--to", help="What to write.", show_default=False)],
     world_size: Annotated[
         Optional[int],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynamicemb.cli.arguments import Json, TableChoice, chosen_tables
+from dynamicemb.cli.arguments import Json, TableChoice, chosen_tables, parsed_path
 from dynamicemb.names import listed, natural_order
 
 if TYPE_CHECKING:
@@ -25,8 +25,12 @@ _SHOWN_KEYS = 3
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a checkpoint.", show_default=False)],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another one.", show_default=False)],
+    a: Annotated[
+        Path, typer.Argument(parser=parsed_path, metavar="A", help="Folder of a checkpoint.", show_default=False)
+    ],
+    b: Annotated[
+        Path, typer.Argument(parser=parsed_path, metavar="B", help="Folder of another one.", show_default=False)
+    ],
     tables: TableChoice = None,
     json: Json = False,
 ) -> None:

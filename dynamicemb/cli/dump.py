@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dynamicemb.cli.arguments import Json, Overwrite
+from dynamicemb.cli.arguments import Json, Overwrite, parsed_path
 from dynamicemb.cli.model import ModelName, Optim, TableNames
 
 __all__ = ["dump"]
@@ -16,7 +16,9 @@ __all__ = ["dump"]
 
 def dump(
     model: ModelName,
-    path: Annotated[Path, typer.Option("--path", metavar="PATH", help="Folder to write.", show_default=False)],
+    path: Annotated[
+        Path, typer.Option("--path", parser=parsed_path, metavar="PATH", help="Folder to write.", show_default=False)
+    ],
     tables: TableNames = None,
     optim: Optim = False,
     overwrite: Overwrite = False,

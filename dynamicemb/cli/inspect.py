@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from dynamicemb.cli.arguments import CheckpointPath, Json, TableChoice, chosen_tables
+from dynamicemb.cli.arguments import CheckpointPath, Json, TableChoice, chosen_tables, parsed_path
 
 if TYPE_CHECKING:
     from dynamicemb.checkpoint.files.reader import Checkpoint, StoredTable
@@ -28,7 +28,12 @@ def inspect(
     ] = 5,
     plot: Annotated[
         Optional[Path],
-        typer.Option(metavar="FILE.png", show_default=False, help="Also draw the histograms (needs matplotlib)."),
+        typer.Option(
+            parser=parsed_path,
+            metavar="FILE.png",
+            show_default=False,
+            help="Also draw the histograms (needs matplotlib).",
+        ),
     ] = None,
     json: Json = False,
 ) -> None:

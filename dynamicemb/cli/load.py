@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from dynamicemb.cli.arguments import Json
-from dynamicemb.cli.model import ModelName, Optim, TableNames
+from dynamicemb.cli.arguments import Json, parsed_path
+from dynamicemb.cli.model import CollectionNames, ModelName, Optim, TableNames
 
 __all__ = ["load"]
 
@@ -20,6 +20,7 @@ def load(
         list[Path],
         typer.Option(
             "--path",
+            parser=parsed_path,
             metavar="PATH",
             show_default=False,
             help="Checkpoint to read; repeated, in their order, for a full one and the deltas that follow it.",
@@ -27,6 +28,7 @@ def load(
     ],
     tables: TableNames = None,
     optim: Optim = False,
+    collections: CollectionNames = None,
     json: Json = False,
 ) -> None:
     """Load a checkpoint into the dynamic tables of a model: whether it fits, and how long it takes. Run under torchrun.
@@ -37,14 +39,14 @@ def load(
     [bold]Example:[/bold] torchrun --nproc_per_node 2 -m dynamicemb load --model train:sharded_model --path /data/ckpt
     """
     from dynamicemb.checkpoint.load import DynamicEmbLoad
-    from dynamicemb.cli.model import chosen_tables, is_first_rank, sharded_model
+    from dynamicemb.cli.model import chosen_tables, is_first_rank, renamed_collections, sharded_model
     from dynamicemb.cli.result import loaded_tables, show_tables
 
     with sharded_model(model) as sharded:
-        names = chosen_tables(tables, sharded)
+        names, renamed = chosen_tables(tables, sharded), renamed_collections(collections, sharded)
         started = time.perf_counter()
-        DynamicEmbLoad(paths if len(paths) > 1 else paths[0], sharded, names, optim)
+        DynamicEmbLoad(paths, sharded, names, optim, collections=renamed)
         seconds = time.perf_counter() - started
-        loaded = loaded_tables(sharded, names, paths[-1])
+        loaded = loaded_tables(sharded, names, paths[-1], renamed)
     if is_first_rank():
         show_tables("loaded", paths, loaded, seconds, json)

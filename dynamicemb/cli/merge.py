@@ -8,18 +8,25 @@ from typing import Annotated
 
 import typer
 
-from dynamicemb.cli.arguments import Json, Overwrite
+from dynamicemb.cli.arguments import Json, Overwrite, parsed_path
 
 __all__ = ["merge"]
 
 
 def merge(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="A full checkpoint, or a delta.", show_default=False)],
+    base: Annotated[
+        Path,
+        typer.Argument(parser=parsed_path, metavar="BASE", help="A full checkpoint, or a delta.", show_default=False),
+    ],
     deltas: Annotated[
         list[Path],
-        typer.Argument(metavar="DELTA", help="The deltas that follow it, in their order.", show_default=False),
+        typer.Argument(
+            parser=parsed_path, metavar="DELTA", help="The deltas that follow it, in their order.", show_default=False
+        ),
     ],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.", show_default=False)],
+    destination: Annotated[
+        Path, typer.Argument(parser=parsed_path, metavar="DST", help="Folder to write.", show_default=False)
+    ],
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:

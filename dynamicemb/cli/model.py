@@ -17,7 +17,16 @@ from dynamicemb.errors import ConfigError, DynamicEmbError, RemoteRankError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ModelName", "Optim", "TableNames", "chosen_tables", "is_first_rank", "sharded_model"]
+__all__ = [
+    "CollectionNames",
+    "ModelName",
+    "Optim",
+    "TableNames",
+    "chosen_tables",
+    "is_first_rank",
+    "renamed_collections",
+    "sharded_model",
+]
 
 _PATIENCE_SECONDS = 2.0
 
@@ -37,6 +46,15 @@ TableNames = Annotated[
         metavar="[COLLECTION=]NAME,...",
         show_default=False,
         help="Only these tables, such as model.embeddings=item,user or item,user; may be repeated. Default: all.",
+    ),
+]
+CollectionNames = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--collection",
+        metavar="MODEL=CHECKPOINT",
+        show_default=False,
+        help="Where the checkpoint has a collection of the model, such as model=model.net; may be repeated.",
     ),
 ]
 Optim = Annotated[bool, typer.Option("--optim", help="With the optimizer's state.")]
@@ -167,6 +185,9 @@ def _one_default_group() -> Iterator[None]:
 def chosen_tables(chosen: Optional[list[str]], model: nn.Module) -> Optional[Mapping[str, list[str]]]:
     """``table_names`` of dump and load from ``--tables``; a bare name means that table of every collection.
 
+    An entry that is the name of a table, or COLLECTION=NAME of one, means that table, whatever commas, spaces and signs
+    of equality it consists of.
+
     Raises:
         typer.BadParameter: an entry without names.
         ConfigError: no collection has a table of a bare name.
@@ -178,6 +199,11 @@ def chosen_tables(chosen: Optional[list[str]], model: nn.Module) -> Optional[Map
     here = [(table.collection, table.name) for table in dynamic_tables(model)]
     result: dict[str, list[str]] = {}
     for entry in chosen:
+        if named := [(owner, own) for owner, own in here if entry in (own, f"{owner}={own}")]:
+            for owner, own in named:
+                if own not in result.setdefault(owner, []):
+                    result[owner].append(own)
+            continue
         collection, equals, listed = entry.rpartition("=")
         names = [name.strip() for name in listed.split(",") if name.strip()]
         if not names or (equals and not collection):
@@ -190,4 +216,26 @@ def chosen_tables(chosen: Optional[list[str]], model: nn.Module) -> Optional[Map
             for owner in owners:
                 if name not in result.setdefault(owner, []):
                     result[owner].append(name)
+    return result
+
+
+def renamed_collections(entries: Optional[list[str]], model: nn.Module) -> dict[str, str]:
+    """``collections`` of load from ``--collection``. Paths may have signs of equality in them, so that of the model is
+    one that it has.
+
+    Raises:
+        typer.BadParameter: an entry is not MODEL=CHECKPOINT, or the model's path occurs twice.
+    """
+    from dynamicemb.shard.tables import dynamic_collections
+
+    known = [path for path, _ in dynamic_collections(model)]
+    result: dict[str, str] = {}
+    for entry in entries or []:
+        here = next((path for path in known if entry.startswith(f"{path}=")), entry.partition("=")[0])
+        there = entry.removeprefix(here).removeprefix("=")
+        if not here or not there:
+            raise typer.BadParameter(f"{entry!r} is not MODEL=CHECKPOINT", param_hint="--collection")
+        if here in result:
+            raise typer.BadParameter(f"{here!r} is named twice", param_hint="--collection")
+        result[here] = there
     return result

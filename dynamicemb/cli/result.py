@@ -38,18 +38,23 @@ def dumped_tables(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def loaded_tables(model: nn.Module, table_names: Optional[Mapping[str, list[str]]], path: Path) -> list[dict[str, Any]]:
+def loaded_tables(
+    model: nn.Module, table_names: Optional[Mapping[str, list[str]]], path: Path, collections: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """The tables that have been loaded: rows in the model over all ranks, and in the last checkpoint of the chain.
 
     All ranks call it together.
     """
     from dynamicemb.checkpoint.ranks import Ranks
-    from dynamicemb.checkpoint.selection import selected_tables
+    from dynamicemb.checkpoint.selection import selected_tables, stored_name
 
-    stored, documents = read_manifest(finished(path)).tables, []
+    manifest, documents = read_manifest(finished(path)), []
+    stored = {(name, table): record for name, tables in manifest.tables.items() for table, record in tables.items()}
     for table in selected_tables(model, table_names):
         rows = sum(Ranks(table.process_group).gather(table.group.contents(table.index).count()))
-        in_checkpoint = stored[table.collection][table.name].table_rows
+        place = stored_name(stored, table, collections)
+        assert place is not None  # it has been loaded
+        in_checkpoint = stored[place].table_rows
         names = {"collection": table.collection, "table": table.name}
         documents.append({**names, "rows": rows, "left_out": in_checkpoint - rows})
     return documents

@@ -24,6 +24,7 @@ from torchrec.modules.embedding_modules import (
 
 from dynamicemb.errors import ConfigError, DynamicEmbWarning
 from dynamicemb.kernels.layout import METADATA_BYTES_PER_SLOT, RowLayout, table_bytes
+from dynamicemb.names import MAX_COLLECTION_BYTES, MAX_TABLE_BYTES, unstorable
 from dynamicemb.options import DynamicEmbTableOptions
 from dynamicemb.planner.capacity import resolve_options
 from dynamicemb.planner.constraints import check_constraint, dynamic_options
@@ -177,7 +178,21 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_LISTED_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
+def _check_storable(site: TableSite) -> None:
+    """Raises for names that no checkpoint can hold, since names are parts of names of files there."""
+    collection = f"model.{site.path}" if site.path else "model"
+    for what, name, limit in (
+        ("its name", site.name, MAX_TABLE_BYTES),
+        ("its collection", collection, MAX_COLLECTION_BYTES),
+    ):
+        if reason := unstorable(name, limit):
+            raise ConfigError(
+                f"table {site.name!r}: {what}, {name!r}, cannot be stored in a checkpoint: {reason}; rename it"
+            )
+
+
 def _dynamic_table(site: TableSite, options: Optional[DynamicEmbTableOptions], world_size: int) -> DynamicTable:
+    _check_storable(site)
     where = f"table '{site.name}': its module '{site.path}' is of type {type(site.module).__name__}"
     if isinstance(site.module, EmbeddingBagCollectionInterface):
         raise ConfigError(

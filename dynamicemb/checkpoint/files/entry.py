@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from dynamicemb.errors import CheckpointError
+from dynamicemb.names import unstorable
 
 __all__ = ["Entry", "hexadecimal"]
-
-_NAME = re.compile(r"[^/\0]+")
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Entry:
 
     def check_name(self, name: str) -> None:
         """Names are parts of paths; one that would lead elsewhere is refused."""
-        if not _NAME.fullmatch(name) or name in (".", ".."):
-            raise self.error(f"{name!r} cannot be a name")
+        if reason := unstorable(name):
+            raise self.error(f"{name!r} cannot be a name: {reason}")
 
     def names(self) -> list[str]:
         return list(self.value)

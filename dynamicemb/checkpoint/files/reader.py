@@ -13,6 +13,7 @@ import numpy as np
 
 from dynamicemb.checkpoint.files.crc import Span, SpanSums, crc_of_segments
 from dynamicemb.checkpoint.files.manifest import Manifest, TableRecord, file_name, read_manifest
+from dynamicemb.checkpoint.files.paths import PathLike, local_path
 from dynamicemb.checkpoint.files.schema import EVICTED, EVICTED_PART, KEYS, Part, Rows, mixed_keys
 from dynamicemb.checkpoint.files.staging import finished
 from dynamicemb.errors import CheckpointError
@@ -219,8 +220,8 @@ class Checkpoint:
             size than the manifest says.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = finished(Path(path))
+    def __init__(self, path: PathLike) -> None:
+        self.path = finished(local_path(path))
         self.manifest: Manifest = read_manifest(self.path)
         self.tables: dict[tuple[str, str], StoredTable] = {}
         try:

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from dynamicemb.checkpoint.files.manifest import MANIFEST, read_manifest
+from dynamicemb.checkpoint.files.paths import PathLike, local_path
 from dynamicemb.errors import CheckpointError
 
 __all__ = ["Staging", "finished", "sync_folder"]
@@ -30,7 +31,8 @@ def _beside(path: Path, suffix: str) -> Path:
 def finished(path: Path) -> Path:
     """The folder that holds the checkpoint ``path``: itself, or ``<path>.previous`` where that was not finished."""
     previous = _beside(Path(os.path.realpath(path)), ".previous")
-    return previous if not path.exists() and (previous / MANIFEST).exists() else path
+    # os.path and not pathlib, which raises where a name is too long or a folder is closed: reading says so later.
+    return previous if not os.path.exists(path) and os.path.exists(previous / MANIFEST) else path
 
 
 def sync_folder(folder: Path) -> None:
@@ -49,8 +51,8 @@ class Staging:
         path: where the checkpoint will be.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.realpath(path))  # where a link leads to: the link itself stays as it is
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(os.path.realpath(local_path(path)))  # where a link leads to: the link itself stays as it is
         self.folder = _beside(self.path, ".unfinished")
 
     def begin(self, overwrite: bool = False) -> None:
@@ -62,9 +64,9 @@ class Staging:
         Raises:
             CheckpointError: ``path`` holds something else than a checkpoint or an empty folder.
         """
-        if not overwrite:
-            self._refuse_foreign()
         try:
+            if not overwrite:
+                self._refuse_foreign()
             if self.folder.is_dir() and not self.folder.is_symlink():
                 shutil.rmtree(self.folder)
             elif self.folder.exists():
@@ -88,7 +90,17 @@ class Staging:
             raise CheckpointError(f"{self.path} holds a checkpoint and other files, such as {foreign[0]}; {remedy}")
 
     def commit(self) -> None:
-        """Puts the finished :attr:`folder`, all files of which are on disk, in the place of what was at ``path``."""
+        """Puts the finished :attr:`folder`, all files of which are on disk, in the place of what was at ``path``.
+
+        Raises:
+            CheckpointError: that cannot be done.
+        """
+        try:
+            self._commit()
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {error.strerror}; choose a path that can be written to") from error
+
+    def _commit(self) -> None:
         for folder, _, _ in os.walk(self.folder):
             sync_folder(Path(folder))
         previous = _beside(self.path, ".previous")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Optional
 
 from dynamicemb.checkpoint.files.manifest import MANIFEST, Manifest, read_manifest
+from dynamicemb.checkpoint.files.paths import PathLike, local_path
 from dynamicemb.checkpoint.files.staging import finished
 from dynamicemb.checkpoint.inspection.table_check import Finding, TableCheck
 from dynamicemb.errors import CheckpointError
@@ -43,14 +44,14 @@ class Verification:
     notes: tuple[str, ...]
 
 
-def verify(path: str | os.PathLike[str], progress: Optional[Progress] = None) -> Verification:
+def verify(path: PathLike, progress: Optional[Progress] = None) -> Verification:
     """Checks sizes, checksums, order, duplicate keys, the keys' sum, what deltas say has gone, and the ranks' shares.
 
     Args:
         path: folder of a checkpoint, full or delta.
         progress: called with (file, bytes read, bytes of the checkpoint).
     """
-    folder = finished(Path(path))
+    folder = finished(local_path(path))
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
@@ -83,7 +84,7 @@ def verify(path: str | os.PathLike[str], progress: Optional[Progress] = None) ->
 
 def _notes(folder: Path, manifest: Optional[Manifest]) -> Iterator[str]:
     unfinished = folder.with_name(folder.name.removesuffix(".previous") + ".unfinished")
-    if unfinished.exists():
+    if os.path.exists(unfinished):
         yield f"{unfinished.name} beside it is a dump that is running, or was ended before it was whole"
     if manifest is None:
         return

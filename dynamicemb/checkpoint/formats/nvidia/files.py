@@ -22,7 +22,8 @@ __all__ = ["Shard", "TableFiles", "find_tables", "looks_like_dump", "shard_path"
 OPT_ARGS = "_opt_args.json"
 _RANK_FILE = re.compile(
     r"(?P<table>.+?)_(?P<item>emb_keys|emb_values|emb_scores|emb_opt_values|opt_values|counter_keys|counter_frequencies)"
-    r"\.rank_(?P<rank>\d+)\.world_size_(?P<world_size>\d+)"
+    r"\.rank_(?P<rank>\d+)\.world_size_(?P<world_size>\d+)",
+    re.DOTALL,  # a name may have line breaks in it
 )
 _COUNTERS = ("counter_keys", "counter_frequencies")
 _AGAIN = "copy the dump again in full, or dump it again"
