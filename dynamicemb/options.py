@@ -96,6 +96,16 @@ class DynamicEmbEvictStrategy(enum.Enum):
     CUSTOMIZED = "customized"
 
 
+# What an initializer looks at.
+_NUMBERS_OF_MODE = {
+    DynamicEmbInitializerMode.NORMAL: ("mean", "std_dev"),
+    DynamicEmbInitializerMode.TRUNCATED_NORMAL: ("mean", "std_dev", "lower", "upper"),
+    DynamicEmbInitializerMode.UNIFORM: ("lower", "upper"),
+    DynamicEmbInitializerMode.CONSTANT: ("value",),
+    DynamicEmbInitializerMode.DEBUG: (),
+}
+
+
 class _Checked:
     """Fields may be assigned after construction, with the checks of the constructor; a refused value changes nothing.
 
@@ -131,7 +141,7 @@ class _Checked:
 
 @dataclass(unsafe_hash=True)
 class DynamicEmbInitializerArgs(_Checked):
-    """Parameters of an initializer; which ones matter depends on ``mode``.
+    """Parameters of an initializer; which ones matter depends on ``mode``. Planning warns of others that are given.
 
     Attributes:
         mode: the distribution.
@@ -178,6 +188,12 @@ class DynamicEmbInitializerArgs(_Checked):
                 f"initializer lower={lower} and upper={upper} are so far from mean={self.mean} with "
                 f"std_dev={self.std_dev} that no number between them can be drawn; move them, or use UNIFORM"
             )
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Numbers that have been given and do not matter in this mode."""
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        return [name for name in given if name != "mode" and name not in _NUMBERS_OF_MODE[self.mode]]
 
     def resolved(self, num_embeddings: int) -> DynamicEmbInitializerArgs:
         """A copy with the default bounds filled in, for a table of ``num_embeddings`` rows over all ranks."""

@@ -272,13 +272,20 @@ def _difference(config: BaseEmbeddingConfig, model: BaseEmbeddingConfig) -> str:
 
 
 def warn_about_what_has_no_effect(table: DynamicTable, constraint: Optional[ParameterConstraints]) -> None:
-    """Warn of a config's ``init_fn``, which cannot initialise rows that do not exist yet and is not called, and of
-    constraints that tune torchrec's static kernels."""
+    """Warn of a config's ``init_fn``, which cannot initialise rows that do not exist yet and is not called, of numbers
+    that its initializer does not look at, and of constraints that tune torchrec's static kernels."""
     if _has_own_init_fn(table.config):
         _warn(
             f"table '{table.name}': init_fn of its config has no effect on a dynamic table, whose rows are initialised "
             "one by one when their id is first seen; use dynamicemb_options.initializer_args"
         )
+    for name in ("initializer_args", "eval_initializer_args"):
+        initializer = getattr(table.options, name)
+        if initializer is not None and initializer.without_effect:
+            _warn(
+                f"table '{table.name}': {', '.join(initializer.without_effect)} of its {name} have no effect with mode "
+                f"{initializer.mode.name}; set the mode that they belong to, or remove them"
+            )
     unused = [name for name in _OF_STATIC_KERNELS if getattr(constraint, name, None) is not None]
     if unused:
         _warn(

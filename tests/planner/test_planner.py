@@ -18,7 +18,13 @@ from torchrec.distributed.planner.storage_reservations import (
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, PlannerErrorType
 from torchrec.distributed.types import BoundsCheckMode
 
-from dynamicemb import ConfigError, DynamicEmbTableOptions, DynamicEmbWarning
+from dynamicemb import (
+    ConfigError,
+    DynamicEmbInitializerArgs,
+    DynamicEmbInitializerMode,
+    DynamicEmbTableOptions,
+    DynamicEmbWarning,
+)
 from dynamicemb.planner import (
     DynamicEmbeddingEnumerator,
     DynamicEmbeddingShardingPlanner,
@@ -305,3 +311,29 @@ def test_constraints_without_effect_warn():
         planner({"item": dynamic(pooling_factors=[2.0, 1.0]), "user": ParameterConstraints(**unused)}).plan(
             Model(), sharders()
         )
+
+
+def test_numbers_that_an_initializer_does_not_look_at_warn():
+    modes = DynamicEmbInitializerMode
+    forgotten = DynamicEmbTableOptions(
+        initializer_args=DynamicEmbInitializerArgs(value=0.5, mean=1.0),  # the mode is UNIFORM
+        eval_initializer_args=DynamicEmbInitializerArgs(modes.CONSTANT, lower=-1.0, value=2.0),
+    )
+    with pytest.warns(DynamicEmbWarning, match="of its") as record:
+        planner({"item": dynamic(forgotten)}).plan(Model(), sharders())
+    messages = sorted(str(entry.message) for entry in record if entry.category is DynamicEmbWarning)
+    assert messages[0].startswith("table 'item': lower of its eval_initializer_args have no effect with mode CONSTANT;")
+    assert messages[1].startswith("table 'item': mean, value of its initializer_args have no effect with mode UNIFORM;")
+    assert len(messages) == 2
+    given = [
+        DynamicEmbInitializerArgs(modes.NORMAL, mean=1.0, std_dev=2.0),
+        DynamicEmbInitializerArgs(modes.TRUNCATED_NORMAL, mean=1.0, std_dev=2.0, lower=0.0, upper=3.0),
+        DynamicEmbInitializerArgs(modes.UNIFORM, lower=-1.0, upper=1.0),
+        DynamicEmbInitializerArgs(modes.CONSTANT, value=3.0),
+        DynamicEmbInitializerArgs(modes.DEBUG),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DynamicEmbWarning)
+        for initializer in given:
+            options = DynamicEmbTableOptions(initializer_args=initializer, eval_initializer_args=initializer)
+            planner({"item": dynamic(options)}).plan(Model(), sharders())
