@@ -63,8 +63,12 @@ def test_torchrecs_enumerator_and_its_subclasses() -> None:
         def _filter_sharding_types(self, name: str, allowed_sharding_types: list[str], *args: Any) -> list[str]:
             return ["row_wise"]
 
+    class OwnKernels(EmbeddingEnumerator):
+        def _filter_compute_kernels(self, name: str, allowed_compute_kernels: list[str], *args: Any) -> list[str]:
+            return ["fused"]
+
     constraints = {"item": dynamic()}
-    for kind in (EmbeddingEnumerator, Own):
+    for kind in (EmbeddingEnumerator, Own, OwnKernels):
         with pytest.raises(ConfigError, match=PLANNER):
             kind(topology(), BATCH_SIZE, constraints).enumerate(Model(), sharders())
         with pytest.raises(ConfigError, match="use DynamicEmbeddingEnumerator, or leave enumerator out"):

@@ -42,19 +42,21 @@ def test_without_ids() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-@pytest.mark.parametrize("groups", [[2], [1, 1]])
+@pytest.mark.parametrize("groups", [[3], [1, 1, 1], [2, 1], [1, 2]])
 def test_replicated_by_hand(dtype: torch.dtype, groups: list[int]) -> None:
     """One id a sample, each table's in its first feature; the rest is filled up with the id 0."""
-    batch = {"a": [[5, 7], [5]], "b": [[], [7, 9, 5]], "c": [[6], [6]]}
+    batch = {"a": [[5, 7], [5]], "b": [[], [7, 9, 5]], "c": [[6], [6]], "d": [[8], [3]]}
+    features_by_table = [2, 1, 1]
     features = features_of(batch, dtype)
-    unique, places = dedup_replicated(features, [2, 1], groups)
+    unique, places = dedup_replicated(features, features_by_table, groups)
     assert unique.keys() == features.keys() and unique.stride() == 3
-    assert unique.values().dtype is dtype and unique.lengths().tolist() == [1] * 9
-    values = unique.values().view(3, 3)
-    assert sorted(values[0].tolist()) == [5, 7, 9] and values[1:].tolist() == [[0, 0, 0], [6, 0, 0]]
+    assert unique.values().dtype is dtype and unique.lengths().tolist() == [1] * 12
+    values = unique.values().view(4, 3)
+    assert [sorted(ids) for ids in values.tolist()] == [[5, 7, 9], [0, 0, 0], [0, 0, 6], [0, 3, 8]]
     # The operator returns the rows of a sample next to each other, group by group.
-    rows_of_operator = torch.cat([part.T.flatten() for part in values.split([3] if groups == [2] else [2, 1])])
-    assert torch.equal(rows_of_operator[places], features.values())
+    tables = torch.tensor(features_by_table).split(groups)
+    by_group = values.split([int(group.sum()) for group in tables])
+    assert torch.equal(torch.cat([part.T.flatten() for part in by_group])[places], features.values())
     empty, places = dedup_replicated(features_of({"a": [[], []]}), [1], [1])
     assert empty.lengths().tolist() == [0, 0] and places.numel() == 0
 
