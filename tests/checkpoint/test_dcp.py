@@ -391,6 +391,39 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path: Path) ->
     run_on_ranks(2, _refused, str(tmp_path))
 
 
+def _partial(rank: int, world_size: int, folder: str) -> None:
+    """A checkpoint of a state dict that somebody has taken entries out of."""
+    first, second = model("adam", tables=1), model("adam", tables=1)
+    train(first, range(4), rank, world_size)
+    train(second, range(60, 62), rank, world_size)
+    before = contents(second)
+    for name, left_out, message in (
+        ("optimizer", ".optimizer.", r"t0: optimizer\.exp_avg, optimizer\.exp_avg_sq"),
+        ("numbers", (".progress", ".slots"), "t0: progress, slots"),
+    ):
+        names = (left_out,) if isinstance(left_out, str) else left_out
+        state = {key: value for key, value in first.state_dict().items() if not any(one in key for one in names)}
+        dcp.save(state, checkpoint_id=f"{folder}/{name}")
+        with pytest.raises(CheckpointError, match=r"'t0'.*has no .*strict=False loads the rows"):
+            load(second, f"{folder}/{name}")
+        assert contents(second) == before
+        with pytest.warns(DynamicEmbWarning, match=message.replace("t0", "'t0'")):
+            load(second, f"{folder}/{name}", strict=False)
+        rows, expected = contents(second)["t0"], contents(first)["t0"]
+        assert {key: row[:2] for key, row in rows.items()} == {key: row[:2] for key, row in expected.items()}
+        second.load_state_dict(first.state_dict())
+        before = contents(second)
+    dcp.save({key: value for key, value in first.state_dict().items() if ".keys" not in key}, checkpoint_id=folder)
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=r"no \['keys'\].*belong together"):
+            load(second, folder, strict=strict)
+    assert contents(second) == before
+
+
+def test_partial_checkpoints_start_the_rest_afresh(tmp_path: Path) -> None:
+    run_on_ranks(2, _partial, str(tmp_path))
+
+
 def _damaged(rank: int, world_size: int, folder: str) -> list[str]:
     """Checkpoints whose files are whole but whose rows are not those of a table: an error on all ranks."""
     first, second = model(tables=1), model(tables=1)
