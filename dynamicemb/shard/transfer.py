@@ -127,7 +127,7 @@ class RowTransfer(Awaitable[torch.Tensor]):
         codecs: Optional[QuantizedCommCodecs],
     ) -> None:
         super().__init__()
-        # The graph must not lead back to this object, which has the token: nothing would ever free the two.
+        # The graph must not lead back to this object, which has the token: that would wait for the garbage collector.
         self._directions = _Directions(send_counts, receive_counts, pg, codecs, rows.dtype)
         self._token = _Start.apply(rows, self._directions)
 

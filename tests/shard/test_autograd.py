@@ -93,17 +93,21 @@ def test_as_torchrec_tables_on_ranks() -> None:
 
 
 def live_tensors() -> int:
-    gc.collect()
     return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
 
 
 def growth(step: Callable[[], None]) -> int:
-    """Tensors that four steps leave behind."""
+    """Tensors that four steps leave behind, for the garbage collector too, which comes late and costs time."""
     step()
-    before = live_tensors()
-    for _ in range(4):
-        step()
-    return live_tensors() - before
+    gc.collect()
+    gc.disable()
+    try:
+        before = live_tensors()
+        for _ in range(4):
+            step()
+        return live_tensors() - before
+    finally:
+        gc.enable()
 
 
 def adding_up(model: nn.Module, losses: list[torch.Tensor]) -> Callable[[], None]:
@@ -139,9 +143,9 @@ def buffers_on_ranks(rank: int, world_size: int) -> list[int]:
 
 @pytest.mark.slow
 def test_buffers_of_rows_that_travel() -> None:
-    """gloo's thread may still have the tensors of the last collective; those of four steps would be forty and more."""
+    """gloo's thread may still have the tensors of the last collectives; those of four steps would be forty and more."""
     for counts in run_on_ranks(2, buffers_on_ranks):
-        assert max(counts) < 10
+        assert max(counts) < 30
 
 
 # ------------------------------------------------------------------------------------------- other passes
