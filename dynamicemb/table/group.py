@@ -286,6 +286,10 @@ class TableGroup:
         """Keys refused so far, int64 [T], on the device."""
         return self._outcomes[:, KeyStatus.REFUSED].clone()
 
+    def outcomes(self, table: int) -> torch.Tensor:
+        """What became of the keys of one table so far: int64 by KeyStatus, on the device. Not to be written to."""
+        return self._outcomes[table]
+
     def counters(self) -> list[TableCounters]:
         """One for each table. Waits for the device."""
         result = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -82,6 +83,23 @@ def test_lru_evicts_the_least_recently_trained() -> None:
     assert remaining == {0: 4, 3: 5, 4: 4, 8: 5, 9: 5, 10: 5, 11: 5, 12: 5}
 
 
+def refuse_scores(model: nn.Module) -> None:
+    """None of them changes anything, also where others in the same call are right."""
+    beyond = (2**63, -(2**63) - 1, 2**64, np.uint64(2**63))
+    fractions = (0.75, 1.0, float("nan"), float("inf"), np.float32(2.0), torch.tensor(1.5), 1j)
+    others = (True, np.True_, torch.tensor(True), "5", b"5", None, [1], (1,), torch.tensor([1]), np.array([1]), set())
+    for wrong in (*beyond, *fractions, *others):
+        for given in (wrong, {"item": wrong}):
+            with pytest.raises(ConfigError, match="table 'item': score"):
+                set_score(model, given)
+    for names in ({"items": 1}, {"item": 3, "other": 4}, {"item": 3, 7: 4}, {"item": 3, None: 4}):
+        with pytest.raises(ConfigError, match="has no customized score; tables that have: item"):
+            set_score(model, names)
+    with pytest.raises(ConfigError, match=r"'items' \(did you mean 'item'\?\)"):
+        set_score(model, {"items": 1})
+    assert get_score(model) == {"item": 7}
+
+
 def customized(rank: int, world_size: int) -> dict[str, dict[int, int]]:
     model, seen = build(DynamicEmbEvictStrategy.CUSTOMIZED), {}
     assert get_score(model) == {"item": 0}
@@ -95,10 +113,10 @@ def customized(rank: int, world_size: int) -> dict[str, dict[int, int]]:
     set_score(model, 7)
     train(model, KEYS[8:11] if rank == 0 else [])
     seen["after three more"] = scores(model)
-    for wrong in ({"items": 1}, 2**63, {"item": 3, "other": 4}, {"item": -(2**63) - 1}):
-        with pytest.raises(ConfigError):
-            set_score(model, wrong)
-    assert get_score(model) == {"item": 7}
+    refuse_scores(model)
+    for right in (np.int32(-4), np.uint64(2**63 - 1), torch.tensor(9, dtype=torch.int8), np.array(5), 7):
+        set_score(model, {"item": right})
+        assert get_score(model) == {"item": int(right)}
     return seen
 
 
@@ -108,16 +126,21 @@ def test_customized_evicts_the_least_given_score() -> None:
     assert seen["after three more"] == {0: 50, 2: 2**63 - 1, 3: 30, 5: 20, 7: 10, 8: 7, 9: 7, 10: 7}
 
 
-def strategies_without_scores(rank: int, world_size: int) -> None:
+def no_score_to_give(rank: int, world_size: int) -> None:
     model = build(DynamicEmbEvictStrategy.LFU)
     assert get_score(model) == {}
-    with pytest.raises(ConfigError, match="'item' has no customized score; tables that have: none"):
-        set_score(model, {"item": 1})
-    set_score(model, 5)  # for all tables that have one: none
+    for given in ({"item": 1}, 5, {}):
+        with pytest.raises(ConfigError, match=r"no table with evict_strategy CUSTOMIZED.*item \(LFU\)"):
+            set_score(model, given)
+    for unsharded in (collection(table("item")), nn.Linear(2, 2)):
+        with pytest.raises(ConfigError, match="the model has no dynamic tables"):
+            set_score(unsharded, 5)
+        with pytest.raises(ConfigError, match="the model has no dynamic tables"):
+            get_score(unsharded)
 
 
-def test_no_score_to_give_for_lfu() -> None:
-    run_on_ranks(1, strategies_without_scores)
+def test_models_without_such_a_table() -> None:
+    run_on_ranks(1, no_score_to_give)
 
 
 def batch_larger_than_bucket(rank: int, world_size: int, strategy: DynamicEmbEvictStrategy) -> tuple[set[int], int]:
