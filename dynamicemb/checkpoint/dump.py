@@ -124,7 +124,6 @@ def write_checkpoint(staging: Staging, extracts: Sequence[Extract], optim: bool,
         histories = ranks.first(lambda: _complete(staging, jobs, written))
         for extract, history in zip(extracts, histories, strict=True):
             extract.table.group.changes.checkpoints[extract.table.index] = history
-        ranks.let_go()
     except BaseException:
         if ranks.is_first:
             staging.abandon()

@@ -84,7 +84,6 @@ def DynamicEmbLoad(  # noqa: N802 - the name that users of other implementations
         checkpoints = ranks.locally(lambda: [stack.enter_context(Checkpoint(one)) for one in _paths(path)])
         jobs = ranks.locally(lambda: _jobs(checkpoints, tables, table_names is None, bool(optim), renamed))
         _Loading(jobs, ranks).run()
-        ranks.let_go()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any, Optional, TypeVar
 import torch.distributed as dist
 
 from dynamicemb.errors import RemoteRankError
-from dynamicemb.shard.gloo import let_go
 
 __all__ = ["Ranks"]
 
@@ -64,10 +63,6 @@ class Ranks:
         results: list[_Result] = []
         self.together(lambda: results.append(action()))
         return results[0]
-
-    def let_go(self) -> None:
-        """Called when the ranks have nothing more to tell each other; see :func:`~dynamicemb.shard.gloo.let_go`."""
-        let_go(self._pg)
 
     def first(self, action: Callable[[], _Result]) -> _Result:
         """Calls ``action`` on rank 0 alone; its result, or its failure, reaches every rank."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -28,7 +28,10 @@ __all__ = [
     "sharded_model",
 ]
 
-_PATIENCE_SECONDS = 2.0
+#: Set in the store of the process group when rank 0 has said why it ends.
+_SAID = "dynamicemb/error is said"
+#: How long other ranks wait for that; longer than a rank that has an error needs to say it.
+_PATIENCE = datetime.timedelta(seconds=2)
 
 ModelName = Annotated[
     str,
@@ -74,20 +77,22 @@ def sharded_model(name: str) -> Iterator[nn.Module]:
     default group itself gets that one.
 
     Raises:
-        DynamicEmbError: on rank 0, for the command to print. The others end with exit code 1, without a word if the
-            error came from what all ranks do together, of which rank 0 knows.
+        typer.Exit: with exit code 1 instead of a DynamicEmbError, once rank 0 has said what it was. The others end
+            without a word if the error came from what all ranks do together, of which rank 0 knows.
         typer.BadParameter: there is no such function, or it returns no module.
     """
     import torch.distributed as dist
+
+    from dynamicemb.cli.console import warn
+    from dynamicemb.shard.gloo import let_threads_finish_at_exit
 
     try:
         model = _made(name)
     except DynamicEmbError as error:
         if not is_first_rank() and not isinstance(error, RemoteRankError):
-            from dynamicemb.cli.console import warn
-
             warn("error", f"rank {os.environ['RANK']}: {error}")
         raise _failure(error) from None
+    let_threads_finish_at_exit(dist.group.WORLD)
     try:
         yield model
     except DynamicEmbError as error:
@@ -96,11 +101,22 @@ def sharded_model(name: str) -> Iterator[nn.Module]:
         dist.destroy_process_group()
 
 
-def _failure(error: DynamicEmbError) -> Exception:
+def _failure(error: DynamicEmbError) -> typer.Exit:
+    """Says what happened on rank 0. torchrun ends all ranks as soon as one has ended, so the others wait for that."""
+    import torch.distributed as dist
+
+    from dynamicemb.cli.console import warn
+
     if is_first_rank():
-        return error
-    # torchrun ends all ranks as soon as one has failed: rank 0 gets the time to say why.
-    time.sleep(_PATIENCE_SECONDS)
+        warn("error", str(error))
+    if dist.is_initialized():
+        # Of the store, not a collective: nobody knows what collectives the other ranks are in.
+        store = dist.distributed_c10d._get_default_store()
+        with suppress(RuntimeError):  # in vain: rank 0 has nothing to say, or has ended and taken the store with it
+            if is_first_rank():
+                store.set(_SAID, "")
+            else:
+                store.wait([_SAID], _PATIENCE)
     return typer.Exit(1)
 
 

@@ -30,6 +30,7 @@ from dynamicemb.errors import DynamicEmbWarning
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding, sharded_by_dynamicemb
 from dynamicemb.shard.collective import collective
 from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, without_samples
+from dynamicemb.shard.gloo import let_threads_finish_at_exit
 from dynamicemb.shard.ids import with_integer_ids
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.plan_check import checked_plan
@@ -80,6 +81,7 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         self._is_complete = False
         super().__init__(module, table_name_to_parameter_sharding, env, *args, **kwargs)
         self._is_complete = True
+        let_threads_finish_at_exit(self._env.process_group)
 
     @property
     def dynamic_lookup(self) -> Optional[DynamicLookup]:
