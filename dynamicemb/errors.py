@@ -43,7 +43,10 @@ class KeyTypeError(DynamicEmbError, TypeError):
 
 
 class DataError(DynamicEmbError, ValueError):
-    """A data file that is missing or malformed; the message names the path and, where there is one, the row."""
+    """A data file that is missing or malformed, or a batch that contradicts itself or the collection that it is for.
+
+    The message names the path and, where there is one, the row; or the features and their numbers.
+    """
 
 
 class CheckpointError(DynamicEmbError, ValueError):

@@ -26,12 +26,12 @@ from torchrec.modules.embedding_modules import EmbeddingCollectionInterface
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from dynamicemb.errors import DynamicEmbWarning
+from dynamicemb.errors import DynamicEmbError, DynamicEmbWarning
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding, sharded_by_dynamicemb
+from dynamicemb.shard.batches import served
 from dynamicemb.shard.collective import collective
 from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, without_samples
 from dynamicemb.shard.gloo import let_threads_finish_at_exit
-from dynamicemb.shard.ids import with_integer_ids
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.plan_check import checked_plan
 from dynamicemb.shard.restore import exchanged_table, restore_tables, take_entries
@@ -81,6 +81,9 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         self._is_complete = False
         super().__init__(module, table_name_to_parameter_sharding, env, *args, **kwargs)
         self._is_complete = True
+        shardings = self._sharding_type_to_sharding.values()
+        self._needed_features = list(dict.fromkeys(name for one in shardings for name in one.feature_names()))
+        self._input_keys: list[str] = []
         let_threads_finish_at_exit(self._env.process_group)
 
     @property
@@ -148,14 +151,18 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
 
     def input_dist(self, ctx: EmbeddingCollectionContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
         features = maybe_td_to_kjt(features, None)
-        if not self._input_dists:
+        error: Optional[DynamicEmbError] = None
+        if self._dynamic_tables:
+            features, error = served(features, self._needed_features, self._dynamic_tables, self._device)
+        if self._input_keys != features.keys():
+            # torchrec takes features by their place in the first batch. Only a batch with others costs this again.
+            self._input_dists.clear()
+            self._inverse_indices_permute_per_sharding = None
             with state_memory():
                 self._create_input_dist(features.keys(), ctx)
-            self._has_uninitialized_input_dist: bool = False
-        if self._dynamic_tables:
-            features, error = with_integer_ids(features, self._dynamic_tables)
-            if error is not None:
-                self._input_dists[-1].reject(error)
+            self._input_keys, self._has_uninitialized_input_dist = list(features.keys()), False
+        if error is not None:
+            self._input_dists[-1].reject(error)
         if not features.variable_stride_per_key() and features.stride() == 0:
             assert isinstance(ctx, CollectionContext)
             ctx.no_samples = True

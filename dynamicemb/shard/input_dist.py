@@ -20,7 +20,7 @@ from torchrec.distributed.embedding_sharding import BaseSparseFeaturesDist
 from torchrec.distributed.types import Awaitable, NoWait
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dynamicemb.errors import KeyTypeError, RemoteRankError
+from dynamicemb.errors import DynamicEmbError, KeyTypeError, RemoteRankError
 from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.hashing import owners
 from dynamicemb.kernels.views import UniqueKeys
@@ -30,8 +30,8 @@ from dynamicemb.table.storage import state_memory
 __all__ = ["DynamicInputDist"]
 
 # What a rank that cannot send its ids reports in place of its sizes, so that an error on one rank is an error on all.
-_BAD_KEY_TYPE = -1
-_REPORTS = {_BAD_KEY_TYPE: "ids that are not 32- or 64-bit integers"}
+_MALFORMED, _BAD_KEY_TYPE = -2, -1
+_REPORTS = {_BAD_KEY_TYPE: "ids that are not 32- or 64-bit integers", _MALFORMED: "a malformed batch"}
 # Added to the size of the first table by a rank on which no table takes updates, so that all ranks know whether any of
 # them will want gradients of this batch.
 _FROZEN = 1 << 40
@@ -67,9 +67,9 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         table_of_feature = [table for table, features in enumerate(features_by_table) for _ in range(features)]
         self._table_of_feature = torch.tensor(table_of_feature, dtype=torch.int32, device=device)
         self._runs = _Runs.create(self._world_size, len(features_by_table), device)
-        self._error: Optional[KeyTypeError] = None
+        self._error: Optional[DynamicEmbError] = None
 
-    def reject(self, error: KeyTypeError) -> None:
+    def reject(self, error: DynamicEmbError) -> None:
         """The next batch, which comes without ids, stands for one that cannot be sent: it ends in an error on all."""
         self._error = error
 
@@ -83,8 +83,8 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
                 Ids are int64 or int32.
 
         Raises:
-            KeyTypeError: what :meth:`reject` was given (with several ranks: when the sizes have been exchanged, there
-                and as :class:`~dynamicemb.errors.RemoteRankError` on all other ranks).
+            DynamicEmbError: what :meth:`reject` was given (with several ranks: when the sizes have been exchanged,
+                there and as :class:`~dynamicemb.errors.RemoteRankError` on all other ranks).
         """
         error, self._error = self._error, None
         if self._world_size == 1:
@@ -161,7 +161,7 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         unique: UniqueKeys,
         runs: _Runs,
         send_occurrences: bool,
-        error: Optional[KeyTypeError],
+        error: Optional[DynamicEmbError],
         takes_gradients: bool,
     ) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         if not takes_gradients:
             self._sizes[0, :, 0] += _FROZEN
         if error is not None:
-            self._sizes[0].fill_(_BAD_KEY_TYPE)
+            self._sizes[0].fill_(_BAD_KEY_TYPE if isinstance(error, KeyTypeError) else _MALFORMED)
         self._work = dist.all_to_all_single(self._sizes[1], self._sizes[0], group=pg, async_op=True)
 
     def _wait_impl(self) -> Awaitable[OwnedKeys]:

@@ -19,11 +19,15 @@ def dedup_static(features: KeyedJaggedTensor, features_by_table: list[int]) -> t
         features_by_table: number of features of each table.
 
     Returns:
-        A jagged tensor with the same keys and stride that holds a table's distinct ids, all of them in the first sample
-        of its first feature, and int64 [ids of ``features``], where each id has gone.
+        A jagged tensor with the same keys and stride, but without weights, that holds a table's distinct ids, all of
+        them in the first sample of its first feature, and int64 [ids of ``features``], where each id has gone.
     """
     if features.values().numel() == 0:
-        return features, torch.zeros(0, dtype=torch.int64)
+        # Without weights here, too: what travels must not depend on whether a rank has ids.
+        no_ids = KeyedJaggedTensor(
+            keys=features.keys(), values=features.values(), lengths=features.lengths(), stride=features.stride()
+        )
+        return no_ids, torch.zeros(0, dtype=torch.int64)
     unique, first_features, counts = _unique_ids(features, features_by_table)
     lengths = torch.zeros_like(features.lengths())
     lengths.view(-1, features.stride())[first_features, 0] = counts.to(lengths.dtype)
