@@ -30,7 +30,7 @@ from dynamicemb.errors import DynamicEmbError, DynamicEmbWarning
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding, sharded_by_dynamicemb
 from dynamicemb.shard.batches import served
 from dynamicemb.shard.collective import collective
-from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, without_samples
+from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, rows_of_batch
 from dynamicemb.shard.gloo import let_threads_finish_at_exit
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.plan_check import checked_plan
@@ -41,6 +41,7 @@ from dynamicemb.shard.sharding import DYNAMIC_ROW_WISE, DynamicSequenceSharding
 from dynamicemb.shard.state_dict import described_entries, name_entries, table_slots, table_states
 from dynamicemb.shard.static_dedup import dedup_replicated, dedup_static
 from dynamicemb.shard.tracking import refuse_delta_tracker, refuse_tracker
+from dynamicemb.table.eager import eager
 from dynamicemb.table.storage import state_memory
 
 __all__ = ["ShardedDynamicEmbeddingCollection"]
@@ -149,6 +150,11 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
 
     # ------------------------------------------------------------------------------------------ input
 
+    @eager
+    def forward(self, *input: Any, **kwargs: Any) -> LazyAwaitable[dict[str, JaggedTensor]]:
+        return super().forward(*input, **kwargs)
+
+    @eager
     def input_dist(self, ctx: EmbeddingCollectionContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
         features = maybe_td_to_kjt(features, None)
         error: Optional[DynamicEmbError] = None
@@ -201,15 +207,21 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
 
     # ------------------------------------------------------------------------------------------ output
 
+    @eager
+    def compute(self, ctx: EmbeddingCollectionContext, dist_input: KJTList) -> list[torch.Tensor]:
+        return super().compute(ctx, dist_input)
+
+    @eager
     def output_dist(
         self, ctx: EmbeddingCollectionContext, output: list[torch.Tensor]
     ) -> LazyAwaitable[dict[str, JaggedTensor]]:
-        return without_samples(ctx, super().output_dist(ctx, output))
+        return rows_of_batch(ctx, super().output_dist(ctx, output))
 
+    @eager
     def compute_and_output_dist(
         self, ctx: EmbeddingCollectionContext, input: KJTList
     ) -> LazyAwaitable[dict[str, JaggedTensor]]:
-        return without_samples(ctx, super().compute_and_output_dist(ctx, input))
+        return rows_of_batch(ctx, super().compute_and_output_dist(ctx, input))
 
     # ------------------------------------------------------------------------------------------ state
 

@@ -7,7 +7,9 @@ from torchrec.distributed.embedding import EmbeddingCollectionContext
 from torchrec.distributed.types import LazyAwaitable
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
-__all__ = ["CollectionContext", "one_empty_sample", "without_samples"]
+from dynamicemb.table.eager import eager
+
+__all__ = ["CollectionContext", "one_empty_sample", "rows_of_batch"]
 
 
 class CollectionContext(EmbeddingCollectionContext):
@@ -28,23 +30,30 @@ def one_empty_sample(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     )
 
 
-class _WithoutSamples(LazyAwaitable[dict[str, JaggedTensor]]):
-    def __init__(self, rows: LazyAwaitable[dict[str, JaggedTensor]]) -> None:
+class _Rows(LazyAwaitable[dict[str, JaggedTensor]]):
+    def __init__(self, rows: LazyAwaitable[dict[str, JaggedTensor]], no_samples: bool) -> None:
         super().__init__()
-        self._rows = rows
+        self._rows, self._no_samples = rows, no_samples
+
+    @eager
+    def wait(self) -> dict[str, JaggedTensor]:
+        return super().wait()
 
     def _wait_impl(self) -> dict[str, JaggedTensor]:
+        rows_by_feature = self._rows.wait()
+        if not self._no_samples:
+            return rows_by_feature
         return {
             name: JaggedTensor(values=rows.values(), lengths=rows.lengths()[:0], weights=rows.weights_or_none())
-            for name, rows in self._rows.wait().items()
+            for name, rows in rows_by_feature.items()
         }
 
 
-def without_samples(
+def rows_of_batch(
     context: EmbeddingCollectionContext, rows: LazyAwaitable[dict[str, JaggedTensor]]
 ) -> LazyAwaitable[dict[str, JaggedTensor]]:
     """``rows``, with the sample that :func:`one_empty_sample` added taken out again if this batch has none.
 
     The values keep their place in the autograd graph, so that a backward pass takes part in the collectives.
     """
-    return _WithoutSamples(rows) if isinstance(context, CollectionContext) and context.no_samples else rows
+    return _Rows(rows, isinstance(context, CollectionContext) and context.no_samples)

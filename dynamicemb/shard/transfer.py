@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.types import Awaitable, QuantizedCommCodec, QuantizedCommCodecs
 
+from dynamicemb.table.eager import eager
+
 __all__ = ["RowTransfer"]
 
 
@@ -87,6 +89,7 @@ class _Start(torch.autograd.Function):
         return rows.new_empty(0)
 
     @staticmethod
+    @eager
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.directions.finish_backward(), None
@@ -99,6 +102,7 @@ class _Finish(torch.autograd.Function):
         return directions.finish()
 
     @staticmethod
+    @eager
     @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.directions.start_backward(gradients)

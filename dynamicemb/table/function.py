@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.views import UniqueKeys
+from dynamicemb.table.eager import eager
 from dynamicemb.table.group import TableGroup, TrainingLookup
 
 __all__ = ["expand", "lookup", "requires_grad", "without_update"]
@@ -45,6 +46,7 @@ class _Lookup(torch.autograd.Function):
         return rows
 
     @staticmethod
+    @eager
     @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[None, ...]:
         slots, *unique = ctx.saved_tensors
@@ -114,6 +116,7 @@ class _Expand(torch.autograd.Function):
         return rows.index_select(0, unique.inverse)
 
     @staticmethod
+    @eager
     @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         return segment_sum(gradients, UniqueKeys(*ctx.saved_tensors)).to(ctx.dtype), None
