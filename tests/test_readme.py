@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 QUICK_START, OPTIONS, CHECKPOINTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -37,7 +38,7 @@ def test_the_quick_start_is_short():
     assert len(lines) <= 20
 
 
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")])
+@pytest.mark.parametrize("launcher", [(), pytest.param(TORCHRUN, marks=pytest.mark.slow)])
 def test_the_quick_start_runs(tmp_path, launcher):
     output = _run(QUICK_START, tmp_path, *launcher)
     ranks = 2 if launcher else 1
@@ -49,10 +50,10 @@ def test_the_options_run(tmp_path):
     assert _run(f"{imports}\n{OPTIONS}\nprint('built')", tmp_path) == "built\n"
 
 
+@pytest.mark.slow
 def test_the_checkpoints_run(tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     code = f"{QUICK_START}\n{CHECKPOINTS}\nprint(table_statistics(model)['item'])"
-    assert _run(code, tmp_path, *launcher).count("TableStatistics(size=3, capacity=100096, ") == 4
+    assert _run(code, tmp_path, *TORCHRUN).count("TableStatistics(size=3, capacity=100096, ") == 4
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == ["delta1", "full"]
 
 

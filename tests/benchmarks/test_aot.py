@@ -117,6 +117,7 @@ def test_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "All compile, and none spills" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("toys_alone")
 def test_problems_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert aot.main(["--architecture", "80", "--processes", "2", "--output", str(tmp_path)]) == 1

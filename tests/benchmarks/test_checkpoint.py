@@ -6,6 +6,7 @@ import pytest
 TINY = checkpoint.Size(rows=3_000, dim=8, ids=500, touched=0.1, rounds=2, warm_up=1)
 
 
+@pytest.mark.slow
 def test_compares_with_plain_files(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     findings = checkpoint.measure(TINY)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import collection_step
+import pytest
 
 TINY = collection_step.Size(tables=(2,), rows=1_600, dim=8, ids=256, rounds=2, warm_up=1)
 
 
+@pytest.mark.slow
 def test_compares_both_collections_on_two_ranks() -> None:
     findings = collection_step.measure(TINY)
     *times, ratio = findings.figures

@@ -25,6 +25,7 @@ def _later() -> float:
     return time.perf_counter() + 1000
 
 
+@pytest.mark.slow
 def test_compares_both_sides_eagerly_and_through_torchrec() -> None:
     outcome = _outcome(HostDevice())
     assert outcome.findings is not None and not outcome.errors, outcome.errors

@@ -7,6 +7,7 @@ from figures import CheckError
 TINY = memory.Size(capacity=2**14, dim=16, ids=512, doublings=1)
 
 
+@pytest.mark.slow
 def test_measures_a_table_of_each_kind() -> None:
     findings = memory.measure(TINY)
     medians = {figure.name: figure.measured.median for figure in findings.figures}

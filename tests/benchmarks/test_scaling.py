@@ -8,6 +8,7 @@ from figures import CheckError
 TINY = scaling.Size((500, 2_000), dim=8, ids=400, rounds=2, repetitions=2, growth_rows=2_000, growth_doublings=2)
 
 
+@pytest.mark.slow
 def test_finds_what_grows_and_what_it_costs() -> None:
     findings = scaling.measure(TINY)
     names = [figure.name for figure in findings.figures]
@@ -21,6 +22,7 @@ def test_finds_what_grows_and_what_it_costs() -> None:
     assert len(findings.series["growing, ms by step"]) == 5
 
 
+@pytest.mark.slow
 def test_reports_nothing_when_a_table_grows_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "GROWTH_LOGGER", "nobody")
     with pytest.raises(CheckError, match="2 doublings, 0 of them announced"):

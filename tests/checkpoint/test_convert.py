@@ -273,6 +273,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert {file.name for file in tmp_path.iterdir()} == {"src"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["native", *OTHERS])
 def test_memory_is_bounded(tmp_path: Path, to: str) -> None:
     """A table of 79 MB, from and to every format: NumPy's share of memory stays below a few pieces of 16 MiB."""

@@ -93,7 +93,7 @@ def _kill_everywhere(rank: int, world_size: int, folder: str, exchange: bool) ->
     return call, sum(found)
 
 
-@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("exchange", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_killed_at_any_point_the_checkpoint_is_whole(exchange: bool, tmp_path: Path) -> None:
     [(calls, after)] = run_on_ranks(1, _kill_everywhere, str(tmp_path), exchange)
     assert calls > 40 and after > 0
@@ -118,6 +118,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_real_processes_killed_at_random_times(tmp_path: Path) -> None:
     """Two processes dump over and over; both are killed after a while, again and again."""
     path = tmp_path / "checkpoint"

@@ -139,7 +139,14 @@ def _random_runs(rank: int, world_size: int, folder: str, strategy: DynamicEmbEv
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("world_size", "seeds"), [(1, range(3)), (2, range(1)), (3, range(1))])
+@pytest.mark.parametrize(
+    ("world_size", "seeds"),
+    [
+        (1, range(3)),
+        pytest.param(2, range(1), marks=pytest.mark.slow),
+        pytest.param(3, range(1), marks=pytest.mark.slow),
+    ],
+)
 def test_full_and_deltas_are_the_later_full_dump(
     world_size: int, seeds: range, strategy: DynamicEmbEvictStrategy, tmp_path: Path
 ) -> None:

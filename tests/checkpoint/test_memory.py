@@ -54,6 +54,7 @@ def _peaks(rank: int, world_size: int, folder: str) -> dict[str, int]:
     return peaks
 
 
+@pytest.mark.slow
 def test_memory_beside_the_table_is_bounded(tmp_path: Path) -> None:
     [peaks] = run_on_ranks(1, _peaks, str(tmp_path))
     assert all(peak < LIMIT for peak in peaks.values()), {name: peak >> 20 for name, peak in peaks.items()}

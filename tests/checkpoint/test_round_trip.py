@@ -44,7 +44,7 @@ def _goes_on(rank: int, world_size: int, folder: str, optimizer: str) -> list[st
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_goes_on_as_if_it_had_not_stopped(world_size: int, optimizer: str, tmp_path: Path) -> None:
     assert run_on_ranks(world_size, _goes_on, str(tmp_path), optimizer) == [[]] * world_size
 

@@ -147,7 +147,7 @@ def _dtensors(kind: str) -> dict[str, Any]:
         "dtensor_all",
     ],
 )
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_row_i_becomes_the_row_of_id_i(world_size: int, kind: str) -> None:
     run_on_ranks(world_size, _sources, kind)
 

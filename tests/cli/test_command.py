@@ -67,6 +67,7 @@ def test_a_start_without_slow_imports() -> None:
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_verbs_as_real_processes(path: Path, tmp_path: Path) -> None:
     shown = process("inspect", path)
     assert (shown.code, shown.err) == (0, "")

@@ -12,6 +12,8 @@ import pytest
 from tests.cli.checkpoints import table, write
 from tests.cli.command import ROOT, dynamicemb, process
 
+pytestmark = pytest.mark.slow  # real ranks, each of which imports everything
+
 COLLECTION = "model.embeddings"
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.examples.test_train_criteo import _assert_one_error, _demo, _summary
 
+pytestmark = pytest.mark.slow  # processes that train
+
 SMALL = ("--rows", 1000, "--batch-size", 50, "--capacity", 512, "--epochs", 2)  # 18 steps in an epoch
 KILLED_AT = 24
 #: The demo, in which every process is killed as soon as the run has been saved in the middle of its second epoch.

@@ -14,6 +14,8 @@ import pytest
 from generated_rows import generate
 from rows import CATEGORICAL, DENSE
 
+pytestmark = pytest.mark.slow  # processes that train
+
 ROOT = Path(__file__).resolve().parents[2]
 CRITEO = Path(os.environ.get("DYNAMICEMB_CRITEO", ROOT.parent / "shared" / "data" / "criteo"))
 TABLE_FIELDS = {"dynamic", "size", "capacity", "load_factor", "hits", "misses", "evicted", "refused"}

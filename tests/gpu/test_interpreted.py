@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 SCENARIOS = (f"{HERE / 'test_engines.py'}", "-k", "test_every_pair_of_choices and toy")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this process is Triton's interpreter already")
 def test_scenarios() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -83,6 +83,7 @@ def test_what_is_planted_is_found(processes: dict[str, subprocess.Popen[str]]) -
     assert "Invalid __global__ write" in output and "_write_past_the_end" in output, output[-6000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="takes minutes there")
 def test_the_run_at_toy_size(tmp_path: Path) -> None:
     """Under a checker that only starts what it is given."""

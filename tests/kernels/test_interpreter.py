@@ -14,6 +14,8 @@ from dynamicemb.kernels.engine import ENGINE_VARIABLE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+#: Modules that are no slower there than others are compiled.
+FAST = ("test_triton_fill", "test_triton_hashing", "test_triton_tally")
 MODULES = sorted(path.stem for path in HERE.glob("test_triton_*.py"))
 
 pytestmark = pytest.mark.skipif(
@@ -22,19 +24,22 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[ElementTree.Element]:
-    """The test cases of all modules, as the interpreter's process reported them."""
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[ElementTree.Element]:
+    """The test cases of all modules that this run asks for, as the interpreter's process reported them."""
+    wanted = {item.callspec.params["module"] for item in request.session.items if item.module is request.module}
     report = tmp_path_factory.mktemp("interpreter") / "report.xml"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop(ENGINE_VARIABLE, None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command += [str(HERE / f"{module}.py") for module in MODULES]
+    command += [str(HERE / f"{module}.py") for module in MODULES if module in wanted]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert process.returncode in (0, 1), f"{process.stdout[-4000:]}\n{process.stderr[-4000:]}"
     return list(ElementTree.parse(report).iter("testcase"))
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "module", [module if module in FAST else pytest.param(module, marks=pytest.mark.slow) for module in MODULES]
+)
 def test_module(module: str, outcomes: list[ElementTree.Element]) -> None:
     cases = [case for case in outcomes if case.get("classname", "").endswith(module)]
     problems = {
