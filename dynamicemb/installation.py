@@ -97,7 +97,8 @@ def _import_fbgemm(builds: dict[str, str]) -> None:
         # A CUDA build beside a torch without CUDA lacks torch's own CUDA libraries.
         build = name if builds and torch.version.cuda else None
         reason = " ".join(str(error.__cause__ or error).split())
-        remedy = _install_fbgemm(build, "--force-reinstall", "--no-deps")
+        known = _release(torch.__version__) in FBGEMM_BY_TORCH
+        remedy = _install_fbgemm(build, *(("--force-reinstall", "--no-deps") if known else ()))
         if build is None and name == _CUDA_BUILD:
             remedy = f"pip uninstall --yes {name} && {remedy}"
         raise InstallationError(

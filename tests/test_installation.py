@@ -101,7 +101,7 @@ def test_an_import_that_fails_is_one_error(install: Install, monkeypatch: pytest
     fail_to_import(monkeypatch, OSError("a.so: undefined symbol: _ZN3c10"))
     assert message() == (
         "fbgemm-gpu-cpu 1.9.0 cannot be loaded with torch 2.15.0+cpu (a.so: undefined symbol: _ZN3c10); "
-        'run: pip install --force-reinstall --no-deps "torch==2.14.*" "fbgemm-gpu-cpu==1.9.*"'
+        'run: pip install "torch==2.14.*" "fbgemm-gpu-cpu==1.9.*"'
     )
 
 
