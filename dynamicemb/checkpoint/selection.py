@@ -119,7 +119,8 @@ def not_stored(where: object, stored: Iterable[tuple[str, str]], table: DynamicT
     others = [collection for collection, name in known if name == table.name]
     remedy = "name the tables to load in table_names"
     if others:
-        remedy = f"if it has moved, give collections={{{table.collection!r}: {others[0]!r}}}, else {remedy}"
+        moved = f"collections={{{table.collection!r}: {others[0]!r}}} (--collection {table.collection}={others[0]})"
+        remedy = f"if it has moved, give {moved}, else {remedy}"
     has = listed("/".join(name) for name in known) or "no tables"
     return f"{where} has no table '{table.name}' in '{asked}', but {has}; {remedy}"
 

@@ -103,6 +103,8 @@ def _table_document(table: StoredTable, summary: TableSummary) -> dict[str, Any]
         "seed": record.seed,
         "initializer": dict(record.initializer),
         "bucket_capacity": record.bucket_capacity,
+        "digest": record.digest(table.table),
+        "follows": None if record.follows is None else [dataclasses.asdict(one) for one in record.follows],
         "placement": None if record.placement is None else dataclasses.asdict(record.placement),
         "scores": None if summary.scores is None else dataclasses.asdict(summary.scores),
         "norms": None if summary.norms is None else dataclasses.asdict(summary.norms),

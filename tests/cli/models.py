@@ -32,5 +32,10 @@ def empty() -> nn.Module:
     return model()
 
 
+def collection_alone() -> nn.Module:
+    """The collection of the model, which was a part of it when it was written."""
+    return model().module.embeddings
+
+
 def nothing() -> None:
     """Returns no model."""

@@ -60,7 +60,7 @@ def test_a_function_with_its_own_group_and_chosen_tables(dumped: Path, tmp_path:
         "from tests.cli.command import dynamicemb; "
         "print(json.dumps([vars(dynamicemb(*arguments)) for arguments in json.loads(sys.argv[2])]))"
     )
-    own, empty = "tests.cli.models:with_own_group", "tests.cli.models:empty"
+    own, empty, part = (f"tests.cli.models:{name}" for name in ("with_own_group", "empty", "collection_alone"))
     calls = [
         ["load", "--model", own, "--path", str(dumped), "--tables", f"{COLLECTION}=t0,t2", "--json"],
         ["load", "--model", empty, "--path", str(dumped), "--tables", "t1", "--tables", "t0", "--json"],
@@ -70,15 +70,27 @@ def test_a_function_with_its_own_group_and_chosen_tables(dumped: Path, tmp_path:
         ["load", "--model", "tests.cli.models:nothing", "--path", str(dumped)],
         ["dump", "--model", empty, "--path", str(tmp_path / "new"), "--tables", "t1"],
         ["dump", "--model", empty, "--path", str(tmp_path), "--tables", "t1"],
+        # The collection itself is the model: it was at model.embeddings when it was written.
+        ["load", "--model", part, "--path", str(dumped), "--collection", f"model={COLLECTION}", "--json"],
+        ["load", "--model", part, "--path", str(dumped)],
+        ["load", "--model", part, "--path", str(dumped), "--collection", "model=model.nothing"],
+        ["load", "--model", part, "--path", str(dumped), "--collection", "model"],
     ]
     arguments = [sys.executable, "-c", code, json.dumps(environment), json.dumps(calls)]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert [result["code"] for result in results] == [0, 0, 1, 2, 1, 2, 0, 1], results
+    assert [result["code"] for result in results] == [0, 0, 1, 2, 1, 2, 0, 1, 0, 1, 1, 2], results
     loaded = [[entry["table"] for entry in json.loads(result["out"])["tables"]] for result in results[:2]]
     assert loaded == [["t0", "t2"], ["t0", "t1"]]
     assert "no dynamic table 't7'; it has model.embeddings=t0" in results[2]["err"]
     assert "asks for a process group with mpi" in results[4]["err"]
     assert results[6]["out"].startswith(f"dumped to {tmp_path / 'new'}: 1 table, 0 rows")
     assert "--overwrite" in results[7]["err"]
+    moved = json.loads(results[8]["out"])["tables"]
+    assert [(entry["collection"], entry["table"]) for entry in moved] == [
+        ("model", f"t{number}") for number in range(3)
+    ]
+    assert all(entry["rows"] > 0 and entry["left_out"] == 0 for entry in moved)
+    assert "collections={'model': 'model.embeddings'}" in results[9]["err"]
+    assert "has no collection 'model.nothing'" in results[10]["err"]
