@@ -16,10 +16,10 @@ from dynamicemb.errors import CollectiveError
 
 __all__ = ["collective"]
 
-#: Seconds of one request to the store: it keeps other threads of the process from theirs, and signals from being seen.
-_REQUEST_SECONDS = 1.0
-#: Seconds between looks at a rank that is in another call.
-_LOOK_SECONDS = 0.01
+#: Seconds between looks at the store, at least and at most, and as a share of the time waited so far: a rank that is
+#: late costs the others little more than its delay, and thousands of them do not keep the store busy.
+_LOOK_SECONDS = (0.001, 2.0)
+_LOOK_SHARE = 0.05
 
 #: How often the ranks of a group have come together; part of the names under which they do it.
 _meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
@@ -97,17 +97,20 @@ def _key(number: int, rank: int) -> str:
 
 def _wait(store: dist.Store, keys: Sequence[str], call: str, deadline: float) -> dict[int, Optional[str]]:
     """Waits until every key says ``call``. Returns what other ranks say instead, None for nothing, at the deadline."""
+    began = time.monotonic()
     while True:
-        left = deadline - time.monotonic()
-        try:
-            store.wait(list(keys), timedelta(seconds=min(max(left, 0.001), _REQUEST_SECONDS)))
+        # Not Store.wait: it keeps other threads of the process from the store, and signals from being seen.
+        is_over, all_there = time.monotonic() >= deadline, store.check(list(keys))
+        if all_there:
             said: list[Any] = [value.decode() for value in store.multi_get(list(keys))]
-        except RuntimeError:  # not all of them are there yet; each kind of store has an error of its own
+        elif is_over:
             said = [store.get(key).decode() if store.check([key]) else None for key in keys]
-        others = {rank: other for rank, other in enumerate(said) if other != call}
-        if not others or left <= 0:
-            return others
-        time.sleep(_LOOK_SECONDS)
+        if all_there or is_over:
+            others = {rank: other for rank, other in enumerate(said) if other != call}
+            if is_over or not others:
+                return others
+        (shortest, longest), now = _LOOK_SECONDS, time.monotonic()
+        time.sleep(min(max(shortest, _LOOK_SHARE * (now - began)), longest, max(0.0, deadline - now)))
 
 
 def _time_out(pg: dist.ProcessGroup) -> timedelta:
