@@ -28,9 +28,6 @@ $(if $(filter $(STACK),cpu cuda),,$(error STACK=$(STACK) is not a stack; use cpu
 OTHER_STACK := $(if $(filter cuda,$(STACK)),cpu,cuda)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
 OLDEST_TRITON := $(VENV)/triton-3.6.0
-PROCESSORS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
-# torchrun would give every process a single thread.
-THREADS := $(shell threads=$$(( $(PROCESSORS) / $(NPROC) )); echo $$(( threads > 0 ? threads : 1 )))
 
 WORKERS ?= $(if $(filter cuda,$(STACK)),1,$(shell echo $$(( $(PROCESSORS) < 4 ? $(PROCESSORS) : 4 ))))
 # Whole files go to a worker, since their tests share what takes long to make, in the order of tests/conftest.py.
@@ -57,8 +54,7 @@ $(STAMP): pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
-TRAIN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/torchrun --standalone --nproc_per_node $(NPROC) \
-	examples/train_criteo.py $(if $(DATA),--data $(DATA))
+TRAIN = $(BIN)/python examples/train_criteo.py --ranks $(NPROC) $(if $(DATA),--data $(DATA))
 
 demo: setup ## train the example, save, verify, resume (DATA=path for your own rows, ARGS="--epochs 2 ...")
 	$(TRAIN) $(if $(SAVE),--save $(SAVE)) $(ARGS)

@@ -41,6 +41,7 @@ class DemoOptions:
     save: Optional[Path]
     save_every: Optional[int]
     load: Optional[Path]
+    ranks: Optional[int] = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,6 +96,7 @@ def parse(arguments: Sequence[str]) -> DemoOptions:
         save=given.save,
         save_every=given.save_every,
         load=given.load,
+        ranks=_ranks(given.ranks),
     )
 
 
@@ -161,12 +163,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TABLES",
         help="all, none, or names such as c1,c5; others are static, ids modulo the capacity (default: %(default)s)",
     )
+    add("--ranks", type=_positive, default=None, metavar="N", help="start so many processes, as torchrun does")
     add("--seed", type=_seed, default=0, help="of the model, the new rows and the generated log (default: %(default)s)")
     add("--summary", type=Path, default=None, metavar="FILE", help="write the results to this file as JSON")
     add("--save", type=Path, default=None, metavar="DIR", help="save the run there when it has been trained")
     add("--save-every", type=_positive, default=None, metavar="STEPS", help="also save it every so many steps")
     add("--load", type=Path, default=None, metavar="DIR", help="go on with the run that was saved there")
     return parser
+
+
+def _ranks(given: Optional[int]) -> Optional[int]:
+    started = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    if given is not None and started not in (None, str(given)):
+        raise ConfigError(f"--ranks {given}: torchrun has started {started} processes; leave the option out")
+    return given
 
 
 def _dynamic_tables(text: str) -> frozenset[str]:

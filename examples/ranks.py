@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dynamicemb.cli.launch import record_failure
 from dynamicemb.errors import ConfigError
 
 #: How long a rank that failed waits for rank 0 to have said so, before it speaks itself.
@@ -72,4 +73,5 @@ class Ranks:
             except RuntimeError:
                 pass  # rank 0 has no error: it waits in a collective, and torchrun will end it
         print(f"error: {error}", file=sys.stderr, flush=True)
+        record_failure(f"error: {error}")
         self.store.set(_REPORTED, "")

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
-from collections.abc import Callable
-from typing import Optional, TextIO, Union
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional, TextIO, Union
 
 import typer
+import typer.core
 
 from dynamicemb.cli.convert import convert
 from dynamicemb.cli.diff import diff
 from dynamicemb.cli.dump import dump
 from dynamicemb.cli.get import get
 from dynamicemb.cli.inspect import inspect
+from dynamicemb.cli.launch import record_failure
 from dynamicemb.cli.load import load
 from dynamicemb.cli.merge import merge
 from dynamicemb.cli.model import is_first_rank
@@ -30,9 +34,38 @@ __all__ = ["app", "main"]
 
 _FAILED = 1
 _INTERRUPTED = 130
+#: What every kind of wrong usage derives from; typer does not export it.
+_UsageError: Any = typer.BadParameter.__base__
+#: torchrun ends other ranks as soon as the first one has ended, which takes seconds on a busy machine.
+_PATIENCE_SECONDS = 20.0
+
+
+class _OnRanks(typer.core.TyperGroup):
+    """Wrong usage is wrong on all ranks, and said by the first. torchrun ends the others when that one has ended."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _first_rank_first():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, *arguments: Any, **options: Any) -> Any:
+        with _first_rank_first():
+            return super().invoke(*arguments, **options)
+
+
+@contextmanager
+def _first_rank_first() -> Iterator[None]:
+    try:
+        yield
+    except _UsageError as error:
+        if not is_first_rank():
+            time.sleep(_PATIENCE_SECONDS)  # in vain: the first rank has nothing to say
+        record_failure(f"error: {error}")
+        raise
+
 
 app = typer.Typer(
     name="dynamicemb",
+    cls=_OnRanks,
     help="Checkpoints of dynamic embedding tables: look at them, check them, turn them into other formats.",
     epilog="Exit codes: 0 all is well; 1 damaged, different, absent or failed; 2 wrong usage.",
     no_args_is_help=True,

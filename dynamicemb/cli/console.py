@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from dynamicemb.cli.launch import record_failure
+
 __all__ = [
     "BAR_COLUMNS",
     "bar",
@@ -48,9 +50,11 @@ def _error_screen() -> Console:
 
 
 def warn(label: str, message: str) -> None:
-    """One line on stderr, such as ``error: ...``."""
+    """One line on stderr, such as ``error: ...``. An error is also what torchrun shows as the reason of its own."""
     line = Text(f"{label}: ", style="bold red" if label == "error" else "yellow")
     _error_screen().print(line.append(" ".join(message.split()), style="default not bold"))
+    if label == "error":
+        record_failure(line.plain)
 
 
 def print_json(document: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dynamicemb.cli.arguments import Json, Overwrite, parsed_path
-from dynamicemb.cli.model import ModelName, Optim, TableNames
+from dynamicemb.cli.model import ModelName, Optim, RankCount, TableNames
 
 __all__ = ["dump"]
 
@@ -22,18 +22,21 @@ def dump(
     tables: TableNames = None,
     optim: Optim = False,
     overwrite: Overwrite = False,
+    ranks: RankCount = None,
     json: Json = False,
 ) -> None:
-    """Write the dynamic tables of a model to a checkpoint. Run it under torchrun, with the ranks the model needs.
+    """Write the dynamic tables of a model to a checkpoint. With --ranks, or under torchrun, with the
+    ranks that the model needs.
 
     The checkpoint that was at PATH stays whole until the new one takes its place in one step.
 
-    [bold]Example:[/bold] torchrun --nproc_per_node 2 -m dynamicemb dump --model train:sharded_model --path /data/ckpt
+    [bold]Example:[/bold] dynamicemb dump --ranks 2 --model train:sharded_model --path /data/ckpt
     """
     from dynamicemb.checkpoint.dump import DynamicEmbDump
-    from dynamicemb.cli.model import chosen_tables, is_first_rank, sharded_model
+    from dynamicemb.cli.model import chosen_tables, is_first_rank, on_ranks, sharded_model
     from dynamicemb.cli.result import dumped_tables, show_tables
 
+    on_ranks(ranks)
     with sharded_model(model) as sharded:
         names = chosen_tables(tables, sharded)
         started = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dynamicemb.cli.arguments import Json, parsed_path
-from dynamicemb.cli.model import CollectionNames, ModelName, Optim, TableNames
+from dynamicemb.cli.model import CollectionNames, ModelName, Optim, RankCount, TableNames
 
 __all__ = ["load"]
 
@@ -29,19 +29,21 @@ def load(
     tables: TableNames = None,
     optim: Optim = False,
     collections: CollectionNames = None,
+    ranks: RankCount = None,
     json: Json = False,
 ) -> None:
-    """Load a checkpoint into the dynamic tables of a model: whether it fits, and how long it takes. Run under torchrun.
+    """Load a checkpoint into the dynamic tables of a model: whether it fits, and how long it takes.
 
     Every byte is checked, and every rank gets the rows that it owns. The model ends with the command: a training job
     calls DynamicEmbLoad itself.
 
-    [bold]Example:[/bold] torchrun --nproc_per_node 2 -m dynamicemb load --model train:sharded_model --path /data/ckpt
+    [bold]Example:[/bold] dynamicemb load --ranks 2 --model train:sharded_model --path /data/ckpt
     """
     from dynamicemb.checkpoint.load import DynamicEmbLoad
-    from dynamicemb.cli.model import chosen_tables, is_first_rank, renamed_collections, sharded_model
+    from dynamicemb.cli.model import chosen_tables, is_first_rank, on_ranks, renamed_collections, sharded_model
     from dynamicemb.cli.result import loaded_tables, show_tables
 
+    on_ranks(ranks)
     with sharded_model(model) as sharded:
         names, renamed = chosen_tables(tables, sharded), renamed_collections(collections, sharded)
         started = time.perf_counter()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from dynamicemb.cli.launch import RANK_VARIABLE, launch
+from dynamicemb.cli.quiet import quieten_libraries
 from dynamicemb.errors import ConfigError, DynamicEmbError, RemoteRankError
 
 if TYPE_CHECKING:
@@ -21,9 +23,11 @@ __all__ = [
     "CollectionNames",
     "ModelName",
     "Optim",
+    "RankCount",
     "TableNames",
     "chosen_tables",
     "is_first_rank",
+    "on_ranks",
     "renamed_collections",
     "sharded_model",
 ]
@@ -60,12 +64,38 @@ CollectionNames = Annotated[
         help="Where the checkpoint has a collection of the model, such as model=model.net; may be repeated.",
     ),
 ]
+RankCount = Annotated[
+    Optional[int],
+    typer.Option(
+        "--ranks",
+        min=1,
+        metavar="N",
+        show_default=False,
+        help="Start N ranks on this machine, as torchrun does. Without it, and without torchrun: one.",
+    ),
+]
 Optim = Annotated[bool, typer.Option("--optim", help="With the optimizer's state.")]
 
 
 def is_first_rank() -> bool:
     """Whether this process is the one that prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get(RANK_VARIABLE, "0") == "0"
+
+
+def on_ranks(ranks: Optional[int]) -> None:
+    """With ``--ranks``, runs the command in so many processes, and ends with their exit code; in one of those, nothing.
+
+    Raises:
+        typer.Exit: the ranks have ended.
+        typer.BadParameter: torchrun has started another number.
+    """
+    if ranks is None:
+        return
+    if RANK_VARIABLE not in os.environ:
+        raise typer.Exit(launch(ranks, ["-m", "dynamicemb", *sys.argv[1:]]))
+    if os.environ.get("WORLD_SIZE") != str(ranks):
+        started = os.environ.get("WORLD_SIZE")
+        raise typer.BadParameter(f"{ranks}, but torchrun has started {started}; leave it out", param_hint="--ranks")
 
 
 @contextmanager
@@ -86,6 +116,7 @@ def sharded_model(name: str) -> Iterator[nn.Module]:
     from dynamicemb.cli.console import warn
     from dynamicemb.shard.gloo import let_threads_finish_at_exit
 
+    quieten_libraries()
     try:
         model = _made(name)
     except DynamicEmbError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dynamicemb.cli import main
+from dynamicemb.cli import main, model
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +46,7 @@ def dynamicemb(*arguments: object, columns: int = 80) -> Result:
         mock.patch.object(sys, "argv", argv),
         mock.patch.dict(os.environ, {"COLUMNS": str(columns)}),
         mock.patch.object(warnings, "showwarning", warnings.showwarning),
+        mock.patch.object(model, "quieten_libraries"),  # other tests share this process, its filters and loggers
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

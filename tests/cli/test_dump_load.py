@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.cli.checkpoints import table, write
-from tests.cli.command import ROOT, dynamicemb, process
+from tests.cli.command import ROOT, Result, dynamicemb, process
 
 pytestmark = pytest.mark.slow  # real ranks, each of which imports everything
 
 COLLECTION = "model.embeddings"
+
+
+def quiet(result: Result) -> str:
+    """What the command said on stderr, but for the word about a first compilation."""
+    return "".join(line for line in result.err.splitlines(True) if not line.startswith("dynamicemb: compiling "))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +27,7 @@ def dumped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that two ranks have dumped."""
     path = tmp_path_factory.mktemp("dumped") / "checkpoint"
     result = process("dump", "--model", "tests.cli.models:trained", "--path", path, "--optim", "--json", ranks=2)
-    assert result.code == 0, result.err
+    assert (result.code, quiet(result)) == (0, "")
     document = result.document
     assert (document["action"], document["paths"]) == ("dumped to", [str(path)])
     assert [(entry["collection"], entry["table"]) for entry in document["tables"]] == [
@@ -39,8 +44,8 @@ def test_what_was_dumped_is_whole_and_has_the_optimizer(dumped: Path) -> None:
 
 
 def test_load_on_ranks(dumped: Path) -> None:
-    result = process("load", "--model", "tests.cli.models:empty", "--path", dumped, "--optim", ranks=2)
-    assert result.code == 0, result.err
+    result = process("load", "--model", "tests.cli.models:empty", "--path", dumped, "--optim", "--ranks", 2)
+    assert (result.code, quiet(result)) == (0, "")
     rows = sum(entry["rows"] for entry in dynamicemb("inspect", dumped, "--json").document["tables"])
     assert result.out.startswith(f"loaded {dumped}: 3 tables, {rows} rows") and result.out.count("\n") == 1
 
@@ -51,6 +56,25 @@ def test_an_error_on_ranks_is_one_line_from_rank_0(tmp_path: Path) -> None:
     assert (result.code, result.out) == (1, "")
     lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "has no table 't0'" in lines[0]
+    # torchrun's report, which a rank cannot prevent, ends with the reason.
+    assert f"traceback : {lines[0]}" in result.err.partition("Root Cause")[2]
+    quietly = process("load", "--model", "tests.cli.models:empty", "--path", other, "--ranks", 2)
+    assert (quietly.code, quietly.out, quiet(quietly)) == (1, "", f"{lines[0]}\n")
+
+
+def test_wrong_usage_on_ranks_is_said_once(tmp_path: Path) -> None:
+    result = process("load", "--model", "tests.cli.models:no_such", "--path", tmp_path, "--ranks", 2)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.count("Usage:") == result.err.count("has no function") == 1
+    assert "Traceback" not in result.err
+
+
+def test_another_number_of_ranks_than_torchrun_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    for verb in ("dump", "load"):
+        result = dynamicemb(verb, "--model", "tests.cli.models:empty", "--path", tmp_path, "--ranks", 2)
+        assert result.code == 2 and "torchrun has started 4" in result.err
 
 
 def test_a_function_with_its_own_group_and_chosen_tables(dumped: Path, tmp_path: Path) -> None:
