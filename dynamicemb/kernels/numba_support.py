@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Optional
 
 import numba
@@ -18,6 +16,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from dynamicemb.kernels.numba_cache import kernel_cache
 
 __all__ = [
     "MIN_ITEMS_PER_THREAD",
@@ -37,32 +37,16 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _source_stamp() -> str:
-    """A digest of every kernel source. Numba checks only the file of the kernel itself, and would keep machine code
-    that has an outdated function of another file compiled into it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-_STAMP = _source_stamp()
-
-
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiles ``function`` on first use, cached on disk; it releases the GIL, so :func:`parallel_for` can run it."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy")(function)
-    try:
-        dispatcher.enable_caching()
-        cache_file = dispatcher._cache._cache_file
-        cache_file._source_stamp = (cache_file._source_stamp, _STAMP)
-    except (AttributeError, RuntimeError):  # no place to write, or another Numba inside: compile anew in each process
-        return numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    dispatcher._cache = kernel_cache(function)
     return dispatcher
 
 
-#: For functions called from kernels: compiled into them.
-inline = numba.njit(nogil=True, error_model="numpy", inline="never")
+#: For functions called from kernels: compiled into them. Python must not call them: the wrappers for that, a fifth of
+#: what there was to compile, are left out.
+inline = numba.njit(nogil=True, error_model="numpy", inline="never", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 #: Keys that a kernel looks ahead. One random access takes as long as the work on about this many rows.
 PREFETCH_DISTANCE = np.int64(8)

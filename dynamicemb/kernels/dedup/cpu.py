@@ -23,8 +23,8 @@ _UNSORTED_BITS = np.uint64(64 - _SORTED_BITS)
 _DIGIT_MASK, _DIGIT_BITS_U, _0 = np.uint64(_DIGITS - 1), np.uint64(_DIGIT_BITS), np.uint64(0)
 # Mixing takes about 3 ns a key.
 _MIN_KEYS_PER_THREAD = 1 << 17
-# Runs of equal top bits up to this length are settled by insertion, longer ones by merging.
-_MAX_INSERTION_RUN = 32
+# Runs of equal top bits are settled by insertion in parts of this length, which are then merged.
+_INSERTION_KEYS = 32
 
 
 @kernel
@@ -34,6 +34,12 @@ def _mix_and_group(start, stop, keys, tables, num_tables, world_size, mixed, gro
         mixed[i] = h
         if groups.size > 0:
             groups[i] = np.uint64(mulhi64(h, world_size) * num_tables + np.uint64(tables[i]))
+
+
+@inline
+def _clear(counts):
+    for digit in range(counts.size):  # not counts[:] = 0, which takes Numba a second and a half to compile
+        counts[digit] = 0
 
 
 @inline
@@ -47,34 +53,34 @@ def _first_places(counts):
 
 
 @kernel
-def _sort_by_top_bits(mixed, digits, spare, order):
+def _sort_by_top_bits(mixed, digits, spare, low, high, order):
     """``order`` = all positions, sorted stably by the top 22 bits of ``mixed``; the rest is scratch."""
-    counts = np.zeros((2, _DIGITS), np.int64)
+    _clear(low)
+    _clear(high)
     for i in range(mixed.size):
         top = mixed[i] >> _UNSORTED_BITS
-        counts[0, top & _DIGIT_MASK] += 1
-        counts[1, top >> _DIGIT_BITS_U] += 1
-    _first_places(counts[0])
-    _first_places(counts[1])
+        low[top & _DIGIT_MASK] += 1
+        high[top >> _DIGIT_BITS_U] += 1
+    _first_places(low)
+    _first_places(high)
     for i in range(mixed.size):
         top = mixed[i] >> _UNSORTED_BITS
         digit = top & _DIGIT_MASK
-        place = counts[0, digit]
-        counts[0, digit] = place + 1
+        place = low[digit]
+        low[digit] = place + 1
         spare[place] = i
         digits[place] = top >> _DIGIT_BITS_U  # carried along: the next pass would have to look it up at random
     for i in range(mixed.size):
         digit = digits[i]
-        order[counts[1, digit]] = spare[i]
-        counts[1, digit] += 1
+        order[high[digit]] = spare[i]
+        high[digit] += 1
 
 
 @kernel
-def _sort_by_groups(groups, bits, spare, order):
+def _sort_by_groups(groups, bits, spare, counts, order):
     """Sorts ``order`` stably by the low ``bits`` bits of ``groups``."""
-    counts = np.empty(_DIGITS, np.int64)
     for shift in range(0, bits, _DIGIT_BITS):
-        counts[:] = 0
+        _clear(counts)
         for i in range(groups.size):
             counts[(groups[i] >> np.uint64(shift)) & _DIGIT_MASK] += 1
         _first_places(counts)
@@ -83,30 +89,41 @@ def _sort_by_groups(groups, bits, spare, order):
             digit = (groups[position] >> np.uint64(shift)) & _DIGIT_MASK
             spare[counts[digit]] = position
             counts[digit] += 1
-        order[:] = spare
+        for i in range(order.size):
+            order[i] = spare[i]
 
 
 @inline
-def _settle_run(run, mixed):
-    """Sorts the positions of ``run``, whose top bits are equal, stably by the whole mixed key."""
-    if run.size > _MAX_INSERTION_RUN:
-        keys = np.empty(run.size, np.uint64)
-        for i in range(run.size):
-            keys[i] = mixed[run[i]]
-        run[:] = run[np.argsort(keys, kind="mergesort")]
-        return
-    for i in range(1, run.size):
-        position = run[i]
-        key = mixed[position]
-        hole = i
-        while hole > 0 and mixed[run[hole - 1]] > key:
-            run[hole] = run[hole - 1]
-            hole -= 1
-        run[hole] = position
+def _settle_run(first, stop, order, spare, mixed):
+    """Sorts the positions ``order[first:stop]``, whose top bits are equal, stably by the whole mixed key."""
+    for start in range(first, stop, _INSERTION_KEYS):
+        for i in range(start + 1, min(start + _INSERTION_KEYS, stop)):
+            position = order[i]
+            key = mixed[position]
+            hole = i
+            while hole > start and mixed[order[hole - 1]] > key:
+                order[hole] = order[hole - 1]
+                hole -= 1
+            order[hole] = position
+    width = _INSERTION_KEYS
+    while width < stop - first:
+        for start in range(first, stop, 2 * width):
+            left, middle, end = start, min(start + width, stop), min(start + 2 * width, stop)
+            right = middle
+            for i in range(start, end):
+                if right == end or (left < middle and mixed[order[left]] <= mixed[order[right]]):
+                    spare[i] = order[left]
+                    left += 1
+                else:
+                    spare[i] = order[right]
+                    right += 1
+        for i in range(first, stop):
+            order[i] = spare[i]
+        width *= 2
 
 
 @kernel
-def _settle(order, mixed, groups, sorted_mixed):
+def _settle(order, mixed, groups, spare, sorted_mixed):
     """Finishes the sort by (group, top bits), and stores the mixed keys in their order."""
     for i in range(order.size):
         sorted_mixed[i] = mixed[order[i]]
@@ -124,7 +141,7 @@ def _settle(order, mixed, groups, sorted_mixed):
             first -= 1
         while last < order.size and _same_run(last, i, order, groups, sorted_mixed):
             last += 1
-        _settle_run(order[first:last], mixed)
+        _settle_run(first, last, order, spare, mixed)
         for j in range(first, last):
             sorted_mixed[j] = mixed[order[j]]
         i = last
@@ -161,6 +178,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self._words = np.empty((4, 0), np.uint64)
+        self.counts = np.empty((2, _DIGITS), np.int64)
 
     def take(self, size: int) -> np.ndarray:
         """uint64 [4, size], undefined."""
@@ -183,11 +201,12 @@ def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size:
         min_items=_MIN_KEYS_PER_THREAD,
     )  # fmt: skip
     order = torch.empty(n, dtype=torch.int64)
-    _sort_by_top_bits(mixed, digits, spare.view(np.int64), order.numpy())
+    places, (low, high) = spare.view(np.int64), _scratch.counts
+    _sort_by_top_bits(mixed, digits, places, low, high, order.numpy())
     if num_tables > 1:
-        _sort_by_groups(groups, (num_tables * world_size - 1).bit_length(), spare.view(np.int64), order.numpy())
+        _sort_by_groups(groups, (num_tables * world_size - 1).bit_length(), places, low, order.numpy())
     sorted_mixed = digits
-    _settle(order.numpy(), mixed, groups, sorted_mixed)
+    _settle(order.numpy(), mixed, groups, places, sorted_mixed)
     unique_keys, unique_tables = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int32)
     inverse, offsets = torch.empty(n, dtype=torch.int64), torch.empty(n + 1, dtype=torch.int64)
     entries = _compact(

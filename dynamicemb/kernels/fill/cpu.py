@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from numba import carray
 
 from dynamicemb.kernels.fill import (
     DEBUG_MODULUS,
@@ -134,8 +133,9 @@ def _fill(
         address = addresses[_ROWS, chunk_of(slots[u])] + offset_of(slots[u]) * row_bytes
         first_values(keys[u], seeds[table], modes[table], parameters[table], row)
         write_row(address, code, row_address, dim)
-        state = carray(as_float32(address + state_offset), (state_width,))
-        state[:] = states[table]
+        state = as_float32(address + state_offset)
+        for i in range(state_width):
+            state[i] = states[table]
 
 
 @kernel
