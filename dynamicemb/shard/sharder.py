@@ -21,7 +21,8 @@ class DynamicEmbeddingCollectionSharder(EmbeddingCollectionSharder):
         fused_params: optimizer and its numbers for tables that ``apply_optimizer_in_backward`` has not given one.
         qcomm_codecs_registry: quantised communication, for static and dynamic tables.
         use_index_dedup: deduplicate the ids of static tables before they travel (on the CPU too, where torchrec
-            cannot). Ids of dynamic tables always are: their lookup needs the distinct keys anyway.
+            cannot). Ids of dynamic tables always are: their lookup needs the distinct keys anyway. So are those of
+            data-parallel tables on a CPU, which torchrec looks up wrongly there otherwise.
     """
 
     def shard(
