@@ -42,6 +42,7 @@ def finished(process: subprocess.Popen[str], summary: Path) -> dict[str, Any]:
     return json.loads(summary.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_example(scale: Scale, tmp_path: Path) -> None:
     rows, gpus, least_auc = (20_000, "0", 0.65) if scale.full else (4_000, "", 0.5)

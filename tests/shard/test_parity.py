@@ -13,7 +13,7 @@ from tests.shard import parity
 
 pytestmark = [
     pytest.mark.parametrize("optimizer", list(parity.OPTIMIZERS)),
-    pytest.mark.parametrize("world_size", [1, 2, 3]),
+    pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.slow)]),
 ]
 
 
