@@ -75,8 +75,8 @@ STACKS = (
 )
 
 
-class NotInstalledError(Exception):
-    """pip refused, or what it installed cannot be imported; the message is the last line that says why."""
+class NotRunError(Exception):
+    """pip refused, what it installed cannot be imported, or the tests did not begin; says why in one line."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -107,7 +107,7 @@ def tried(stack: Stack, keep: bool, workers: str) -> list[str]:
             _install(stack, folder)
         versions = _versions(python)
         outcome = _tested(python, folder, workers)
-    except NotInstalledError as reason:
+    except NotRunError as reason:
         versions = dict(wanted.split("==") for wanted in stack.wanted)
         outcome = f"not run: {reason}"
     finally:
@@ -152,8 +152,10 @@ def _tested(python: Path, folder: Path, workers: str) -> str:
     command = [str(python), "-m", "pytest", "-q", "-m", "not slow", f"--junitxml={report}", "-p", "no:cacheprovider"]
     command += ["--numprocesses", workers, "--dist", "loadfile", "--no-loadscope-reorder"]
     done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
-    if not report.exists():
-        return f"no report: {_last_line(done.stdout + done.stderr)}"
+    if done.returncode not in (0, 1) or not report.exists():
+        raise NotRunError(_last_line(done.stdout + done.stderr))
+    if done.returncode:
+        print(done.stdout[-20_000:], flush=True)
     return outcome(ElementTree.parse(report))
 
 
@@ -189,14 +191,15 @@ def _environment() -> Mapping[str, str]:
 def _run(command: Sequence[str]) -> str:
     done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
     if done.returncode != 0:
-        raise NotInstalledError(_last_line(done.stderr))
+        raise NotRunError(_last_line(done.stderr))
     return done.stdout
 
 
 def _last_line(text: str) -> str:
+    """The last line that says what is wrong, without the folders of this machine and without a remedy."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR: ") or re.match(r"[\w.]*Error: ", line)]
-    return (errors or lines or ["no message"])[-1]
+    errors = [line for line in lines if re.match(r"(ERROR: |[\w.]*Error: )", line)]
+    return re.sub(r"(?<![\w.])/\S*/", "", (errors or lines or ["no message"])[-1]).partition("; run: ")[0]
 
 
 if __name__ == "__main__":

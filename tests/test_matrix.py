@@ -74,12 +74,13 @@ def test_the_outcome_of_a_report(cases: str, expected: str) -> None:
 def test_what_pip_says_last_is_the_reason() -> None:
     text = "Collecting x\nERROR: No matching distribution found for torch==9\n\n[notice] a new release of pip\n"
     assert matrix._last_line(text) == "ERROR: No matching distribution found for torch==9"
-    assert matrix._last_line("Traceback\n  File\nOSError: undefined symbol\n") == "OSError: undefined symbol"
+    text = "Traceback\n  File\na.b.SomeError: x 1.0 cannot be loaded (/home/me/x.so: undefined symbol: y); run: pip\n"
+    assert matrix._last_line(text) == "a.b.SomeError: x 1.0 cannot be loaded (x.so: undefined symbol: y)"
 
 
 def test_a_version_that_does_not_exist_is_a_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(stack: matrix.Stack, folder: object) -> None:
-        raise matrix.NotInstalledError("ERROR: no torch 9")
+        raise matrix.NotRunError("ERROR: no torch 9")
 
     monkeypatch.setattr(matrix, "_install", refuse)
     found = matrix.tried(matrix.Stack("9.0", "1.0", "1.6.1", "3.6.0"), keep=False, workers="1")

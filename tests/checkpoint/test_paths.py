@@ -40,6 +40,9 @@ class _Own:
     def __fspath__(self) -> Any:
         return self.path
 
+    def __repr__(self) -> str:  # without an address: workers must give a test the same name
+        return f"_Own({self.path!r})"
+
 
 @pytest.mark.parametrize("path", [*NO_PATHS, _Own("s3://bucket"), _Own(b"x"), PurePosixPath("gs://b")], ids=repr)
 def test_what_is_no_path_is_refused(path: Any) -> None:
