@@ -84,7 +84,7 @@ class ShardedDynamicEmbeddingCollection(ShardedEmbeddingCollection):
         self._is_complete = True
         # On a CPU fbgemm adds up the rows of a sample of a data-parallel table, unless each id is a sample of its own.
         replicated = ShardingType.DATA_PARALLEL.value in self._sharding_type_to_sharding
-        self._use_index_dedup = self._use_index_dedup or (replicated and self._device.type == "cpu")
+        self._use_index_dedup |= replicated and self._device.type == "cpu"
         shardings = self._sharding_type_to_sharding.values()
         self._needed_features = list(dict.fromkeys(name for one in shardings for name in one.feature_names()))
         self._input_keys: list[str] = []

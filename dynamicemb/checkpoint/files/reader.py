@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,18 @@ class Problem:
         return f"{self.file}, offset {self.offset}: {self.message}; {_RESTORE}"
 
 
+def _descriptor(path: Path) -> int:
+    """Opens a file. A process has a limit of open files that it may raise itself, to another, and does if it must."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return os.open(path, os.O_RDONLY)
+
+
 class StoredTable:
     """One table of a checkpoint, open for reading. Rows are numbered from 0 in the order of the files.
 
@@ -72,9 +86,12 @@ class StoredTable:
     def _open(self, part: Part, rows: int) -> None:
         path = self.path(part.name)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            descriptor = _descriptor(path)
         except OSError as error:
-            raise CheckpointError(f"{path}: {error.strerror}; {_RESTORE}") from None
+            remedy = _RESTORE
+            if error.errno == errno.EMFILE:
+                remedy = "a checkpoint is open as a whole, about five files for each table: raise the limit, ulimit -n"
+            raise CheckpointError(f"{path}: {error.strerror}; {remedy}") from None
         self._descriptors[part.name] = descriptor
         size, expected = os.fstat(descriptor).st_size, rows * part.row_bytes
         if size != expected:
