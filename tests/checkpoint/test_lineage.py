@@ -232,6 +232,6 @@ def test_checkpoints_that_do_not_tell_are_taken_as_before_and_verify_says_so(tmp
         found = verify(tmp_path / name)
         assert not found.findings
         assert found.notes == (
-            "model.embeddings/item does not say what it follows, as it was converted or written by an earlier version: "
+            "model.embeddings/item does not say what came before, and was converted or written by an earlier version: "
             "whether a delta is of its run cannot be told",
         )

@@ -199,5 +199,5 @@ def test_what_does_not_belong_is_noted(path: Path) -> None:
     shutil.copytree(path, path.with_name("checkpoint.unfinished"))
     result = dynamicemb("verify", path, "--json")
     assert result.code == 0
-    names = [note.split()[0] for note in result.document["notes"] if "does not say what it follows" not in note]
+    names = [note.split()[0] for note in result.document["notes"] if "not say what came before" not in note]
     assert names == ["checkpoint.unfinished", "README"]

@@ -91,9 +91,9 @@ def _notes(folder: Path, manifest: Optional[Manifest]) -> Iterator[str]:
     untold = [f"{name}/{table}" for name, tables in manifest.tables.items() for table, one in tables.items()
               if one.follows is None]  # fmt: skip
     if untold:
-        more = f" and {len(untold) - 1} more" if len(untold) > 1 else ""
+        more, does, was = (f" and {len(untold) - 1} more", "do", "were") if len(untold) > 1 else ("", "does", "was")
         yield (
-            f"{untold[0]}{more} does not say what it follows, as it was converted or written by an earlier version: "
+            f"{untold[0]}{more} {does} not say what came before, and {was} converted or written by an earlier version: "
             "whether a delta is of its run cannot be told"
         )
     own = set(manifest.files())
