@@ -339,5 +339,5 @@ def test_names_that_meet_are_refused(tmp_path: Path) -> None:
     os.rename(tmp_path / "x", tmp_path / COLLECTION)  # the folder around it has the collection's name as well
     path = tmp_path / COLLECTION
     os.link(path / COLLECTION / file.name, path / file.name)
-    with pytest.raises(CheckpointError, match="occurs twice; rename the folder"):
+    with pytest.raises(CheckpointError, match="occurs twice; rename the file or the folder"):
         convert(path, tmp_path / "dst", "native")

@@ -64,6 +64,7 @@ def test_what_torchrun_finds_is_the_error(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_only_what_nobody_can_act_on_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("torchrec"), "level", logging.NOTSET)  # other tests may have quietened it
     planner = logging.getLogger("torchrec.distributed.planner")
     monkeypatch.setattr(planner, "level", planner.level)
     own = logging.getLogger("dynamicemb")
