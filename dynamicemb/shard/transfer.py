@@ -57,9 +57,8 @@ class _Directions:
         receive_counts: list[int],
         pg: dist.ProcessGroup,
         codecs: Optional[QuantizedCommCodecs],
-        dtype: torch.dtype,
     ) -> None:
-        self._send_counts, self._receive_counts, self._pg, self._dtype = send_counts, receive_counts, pg, dtype
+        self._send_counts, self._receive_counts, self._pg = send_counts, receive_counts, pg
         self._codecs = (None, None) if codecs is None else (codecs.forward, codecs.backward)
         self._under_way: Optional[_Exchange] = None
 
@@ -78,7 +77,7 @@ class _Directions:
         gradients = self.finish()
         if get_gradient_division():
             gradients = gradients.div_(self._pg.size())
-        return gradients.to(self._dtype)
+        return gradients  # in the dtype of the codec, if there is one; autograd converts it to that of the rows
 
 
 class _Start(torch.autograd.Function):
@@ -132,7 +131,7 @@ class RowTransfer(Awaitable[torch.Tensor]):
     ) -> None:
         super().__init__()
         # The graph must not lead back to this object, which has the token: that would wait for the garbage collector.
-        self._directions = _Directions(send_counts, receive_counts, pg, codecs, rows.dtype)
+        self._directions = _Directions(send_counts, receive_counts, pg, codecs)
         self._token = _Start.apply(rows, self._directions)
 
     def _wait_impl(self) -> torch.Tensor:

@@ -112,14 +112,13 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
         ctx.save_for_backward(*unique.tensors())
-        ctx.dtype = rows.dtype
         return rows.index_select(0, unique.inverse)
 
     @staticmethod
     @eager
     @once_differentiable
     def backward(ctx: Any, gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return segment_sum(gradients, UniqueKeys(*ctx.saved_tensors)).to(ctx.dtype), None
+        return segment_sum(gradients, UniqueKeys(*ctx.saved_tensors)), None  # autograd converts it to the rows' dtype
 
 
 def expand(rows: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:

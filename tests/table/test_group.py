@@ -259,3 +259,18 @@ def test_expand_sums_gradients_in_batch_order():
     # (1e8 + 1) - 1e8 is 0 in float32: the order decides.
     assert rows.grad[place].tolist() == [0.0] * 3
     assert rows.grad[1 - place].tolist() == [5.0] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_of_expanded_rows_have_their_dtype(dtype):
+    """They are summed in float32 and converted once: in 16 bits, the small ones would be lost one by one."""
+    group = TableGroup([config()], 1, CPU)
+    _, found = group.train_lookup(torch.full((513,), 3), torch.zeros(513, dtype=torch.int32))
+    leaf, seen = torch.zeros(1, 4, dtype=dtype, requires_grad=True), []
+    rows = leaf * 1
+    rows.register_hook(seen.append)
+    gradients = torch.full((513, 4), 2.0**-12, dtype=dtype)
+    gradients[0] = 1
+    expand(rows, found.unique).backward(gradients)
+    assert [gradient.dtype for gradient in seen] == [dtype]
+    assert leaf.grad is not None and leaf.grad.tolist() == [[1.125] * 4]
