@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -34,7 +35,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
         monkeypatch.setattr(installation.torch, "__version__", torch_version)
         monkeypatch.setattr(installation.torch.version, "cuda", None if torch_version.endswith("+cpu") else "13.0")
         monkeypatch.setattr(installation, "_version", versions.get)
-        monkeypatch.setattr(installation.metadata, "requires", lambda name: ["fbgemm-gpu", "torchmetrics==1.0.3"])
+        wanted = ["fbgemm-gpu", "torchmetrics==1.0.3", "sphinx==1; extra == 'docs'"]
+        monkeypatch.setattr(installation.metadata, "requires", lambda name: wanted)
 
     return pretend
 
@@ -51,6 +53,12 @@ def message() -> str:
 def test_a_pair_that_fits_passes(install: Install, torch_version: str) -> None:
     install(torch_version, FITTING)
     require_torchrec()
+
+
+@pytest.mark.parametrize("suffix", ["", "+cpu", ".post1", "+cu130", ".post2+rocm6.4", "+xpu"])
+def test_a_pair_that_does_not_fit_is_refused_in_every_build_of_torch(install: Install, suffix: str) -> None:
+    install(f"2.14.0{suffix}", FITTING)
+    assert message().startswith(f"fbgemm-gpu-cpu 1.8.0 was built for torch 2.13, and torch 2.14.0{suffix} is installed")
 
 
 @pytest.mark.parametrize("build", ["fbgemm-gpu", "fbgemm-gpu-cpu"])
@@ -142,6 +150,30 @@ def test_no_torchrec(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_old_torchrec(install: Install) -> None:
     install("2.13.0+cpu", {**FITTING, "torchrec": "1.5.1"})
     assert message() == f'torchrec 1.5.1 is older than 1.6; run: pip install --no-deps "torchrec{TORCHREC}"'
+
+
+def test_a_torchrec_whose_release_has_two_digits_is_not_old(install: Install) -> None:
+    install("2.13.0+cpu", {**FITTING, "torchrec": "1.10.0"})
+    require_torchrec()
+
+
+@pytest.mark.parametrize(
+    ("builds", "shown"), [({"fbgemm-gpu-cpu": "1.8.0"}, False), ({"fbgemm-gpu-cpu": "1.7.99"}, True), ({}, True)]
+)
+def test_what_fbgemm_logs_is_shown_unless_the_pair_is_known_to_fit(
+    install: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    builds: Mapping[str, str],
+    shown: bool,
+) -> None:
+    """No build at all: somebody has compiled it, and nothing is written down of that."""
+    install("2.16.0" if "1.7.99" in builds.values() else "2.13.0", {"torchrec": "1.8.0", "torchmetrics": "1", **builds})
+    monkeypatch.setattr(installation.importlib, "import_module", lambda name: logging.error("a library is missing"))
+    require_torchrec()
+    assert ("a library is missing" in caplog.text) == shown
+    logging.error("afterwards")
+    assert "afterwards" in caplog.text
 
 
 def test_libraries_that_torchrec_needs(install: Install) -> None:

@@ -104,8 +104,8 @@ def restore_tables(
         taken: what the state dict has: of each entry, a tensor of all rows, the same on every rank, or a
             ``ShardedTensor`` of which each rank has the rows that it owns. Keys and rows must be there; whatever else
             is missing starts fresh, which a :class:`~dynamicemb.errors.DynamicEmbWarning` says: scores are 0; optimizer
-            state, all of it with the count of updates, is that of new rows; counts of events are 0, and the clock of
-            an LRU table is that of its latest row; hyperparameters are the model's own.
+            state, all of it with the count of updates, is that of new rows; counts of events are 0, and the table's
+            own clock goes on, under LRU at that of its latest row at least; hyperparameters are the model's own.
         error: found in the state dict already; raised on all ranks.
         change: False only checks, and passes over tables of which keys or rows are missing.
 

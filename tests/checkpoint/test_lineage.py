@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dynamicemb import CheckpointError, DynamicEmbDump, DynamicEmbLoad, incremental_dump
+from dynamicemb.checkpoint.files.lineage import advanced, ancestor_of, described, followed, merged_history
+from dynamicemb.checkpoint.files.manifest import PartRecord, TableRecord
 from dynamicemb.checkpoint.inspection.verify import verify
 from dynamicemb.checkpoint.merge import merge
+from dynamicemb.table.ancestor import Ancestor
 from tests.checkpoint.histories import History, files
 from tests.checkpoint.models import contents, model
+from tests.checkpoint.tables import record_of
 from tests.distributed import run_on_ranks
 from tests.shard.models import one_sample
 
@@ -215,6 +221,43 @@ def _without_states(rank: int, world_size: int, folder: str) -> None:
 @pytest.mark.parametrize("scenario", [_two_runs, _diverging, _one_run, _from_a_state_dict, _without_states])
 def test_lineage_of_models(scenario: Callable[..., None], tmp_path: Path) -> None:
     run_on_ranks(1, scenario, str(tmp_path))
+
+
+def _record(**fields: Any) -> TableRecord:
+    """Of a table without rows, complete but for ``fields``."""
+    record = record_of(8, "float32", "sgd", "lru")
+    parts = {part.name: PartRecord(0, ()) for part in record.schema.parts}
+    return dataclasses.replace(record, **{"parts": parts, **fields})
+
+
+def test_what_a_table_and_its_checkpoints_remember() -> None:
+    full, delta = _record(clock=5, follows=()), _record(clock=9, since=5, follows=())
+    elsewhere, other = Ancestor(5, None), Ancestor(4, "f" * 32)
+    past = advanced((other, elsewhere), full, "t")
+    assert past == (other, ancestor_of(full, "t")), "a full checkpoint tells what the state from elsewhere was"
+    assert advanced(past, full, "t") == past, "it is written once more"
+    assert advanced((other, elsewhere), delta, "t") == (other, elsewhere, ancestor_of(delta, "t"))
+    # What nobody can recognise is named by deltas alone, whose base it may be.
+    assert followed((other, elsewhere), full, "t") == ()
+    assert followed((other, elsewhere), delta, "t") == (elsewhere,)
+    assert [ancestor_of(one, "t").step for one in (full, delta)] == [5, 9]
+
+
+def test_a_merged_delta_knows_its_past_if_all_that_it_is_made_of_do() -> None:
+    deltas = [_record(clock=9, since=5, follows=()), _record(clock=12, since=9, follows=())]
+    silent = [dataclasses.replace(one, follows=None) for one in deltas]
+    assert merged_history(deltas, "t") == tuple(ancestor_of(one, "t") for one in deltas)
+    for chain in ([deltas[0], silent[1]], [silent[0], deltas[1]], silent):
+        assert merged_history(chain, "t") is None
+    full = _record(clock=5, follows=None)
+    assert merged_history([full, *deltas], "t") is not None and merged_history([full, *silent], "t") is None
+
+
+def test_messages_name_the_latest_ancestors() -> None:
+    history = [Ancestor(step, f"{step:032}") for step in range(5)]
+    assert described([]) == "none" and described(history[:1]) == f"{0:032} of step 0"
+    three = f"{2:032} of step 2, {3:032} of step 3, {4:032} of step 4"
+    assert described(history[2:]) == three and described(history) == f"{three} and 2 before"
 
 
 def test_checkpoints_that_do_not_tell_are_taken_as_before_and_verify_says_so(tmp_path: Path) -> None:

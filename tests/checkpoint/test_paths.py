@@ -24,7 +24,7 @@ from tests.distributed import run_on_ranks
 
 URLS = [
     "s3://bucket/day1", "S3://bucket", "gs://bucket/x", "hdfs:///data", "memory://x", "local:///tmp/x", "https://host/x",
-    "file:///tmp/x", "file:/tmp/x", "abfs+x.y-z://c@a/x", "simplecache::s3://bucket/x", "zip://x::file:///y",
+    "file:///tmp/x", "file:/tmp/x", "FILE:///tmp/x", "abfs+x.y-z://c@a/x", "simplecache::s3://bucket/x", "zip://x::file:///y",
     "s3:/bucket/day1",
 ]  # fmt: skip
 NO_PATHS: list[Any] = [None, 3, True, b"/tmp/x", "", "a\0b", ["a"], {}, *URLS, Path("s3://bucket/day1")]
@@ -50,7 +50,9 @@ def test_what_is_no_path_is_refused(path: Any) -> None:
         local_path(path, "dst")
     message = str(raised.value)
     assert message.startswith("dst=") and ("; " in message)
-    if "is a URL" in message and "file:" not in message:
+    if message.lower().startswith("dst='file:"):
+        assert "give the plain path, such as '/tmp/x'" in message
+    elif "is a URL" in message:
         assert "local or shared folder" in message
 
 

@@ -140,6 +140,32 @@ def test_what_the_screen_shows_of_one_table(tmp_path: Path) -> None:
     assert len(result.out.splitlines()) < 70
 
 
+def test_labels_of_histograms(tmp_path: Path) -> None:
+    """Scores are whole numbers, so no score is in two labels; norms have the digits that tell them apart."""
+    record, arrays = table(kind="adagrad")
+    arrays["scores"][:] = np.arange(300) % 48
+    arrays["values"][:], arrays["values"][:, 0] = 0, 100 + np.arange(300) / 100
+    path = write(tmp_path / "a", {"item": (record, arrays)})
+    [found], out = inspected(path)["tables"], dynamicemb("inspect", path).out
+    edges = found["scores"]["histogram"]["edges"]
+    assert len(edges) == 17
+    bins = [*zip(edges[:-2], [edge - 1 for edge in edges[1:-1]]), tuple(edges[-2:])]
+    expected = [f"{a:.0f} to {b:.0f}" for a, b in bins]
+    title, *labels = re.findall(r"(?<![.0-9])[0-9]+ to [0-9]+(?![.0-9])", out)
+    assert (title, labels) == ("0 to 47", expected)
+    norms = [label for line in out.splitlines() for label in re.findall(r"10[.0-9]+ to 10[.0-9]+", line)]
+    assert len(set(norms)) >= len(found["norms"]["histogram"]["counts"]) > 8
+    assert all(label.split(" to ")[0] != label.split(" to ")[1] for label in norms)
+    assert re.search(r"\beps [0-9]", out) and "beta1" not in out
+
+
+def test_labels_of_great_scores_leave_room(tmp_path: Path) -> None:
+    record, arrays = table(strategy="lfu", kind="sgd")
+    arrays["scores"][:], arrays["scores"][0] = 1, 2**62
+    out = dynamicemb("inspect", write(tmp_path / "a", {"item": (record, arrays)}), "--top", 0).out
+    assert max(map(len, out.splitlines()[1:])) <= 80 and "4.612e+18" in out
+
+
 def test_many_tables_fit_a_screen_in_the_order_in_which_people_count(tmp_path: Path) -> None:
     path = write(tmp_path / "a", named(26))
     result = dynamicemb("inspect", path)

@@ -157,6 +157,16 @@ def test_eb_configs_that_agree():
     check_eb_configs([], sites)
 
 
+def test_eb_configs_of_tables_of_one_name():
+    """Collections may each have a table of that name: a config is that of one of them."""
+    model = nn.ModuleList([collection(config("tag", dim=8)), collection(config("tag", dim=16))])
+    sites = table_sites(model, sharders())
+    check_eb_configs([config("tag", dim=8)], sites)
+    check_eb_configs([config("tag", dim=16)], sites)
+    with pytest.raises(ConfigError, match="table 'tag' has embedding_dim=4, but the model's is 8"):
+        check_eb_configs([config("tag", dim=4)], sites)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -121,7 +121,9 @@ def test_as_on_torchrec_tables() -> None:
 
 
 def a_learning_rate_that_stays(rank: int, world_size: int) -> None:
-    model = model_of(["a", "other"], {"learning_rate": 0.5})
+    names = ["a", "b", "other"]  # two tables of one group, and one of another
+    ids = dict.fromkeys(names, IDS)
+    model = model_of(names, {"learning_rate": 0.5})
     dense = nn.Linear(1, 1)
     wrapped = WarmupOptimizer(model.fused_optimizer, [WarmupStage(WarmupPolicy.CONSTANT, 1000, 1.0)], lr=0.5)
     optimizer = CombinedOptimizer(
@@ -130,18 +132,18 @@ def a_learning_rate_that_stays(rank: int, world_size: int) -> None:
             ("dense", KeyedOptimizerWrapper(dict(dense.named_parameters()), lambda p: torch.optim.SGD(p, lr=0.1))),
         ]
     )
-    step(model, ["a", "other"], model.fused_optimizer)
-    before = evaluated(model, {"a": IDS, "other": IDS})
+    step(model, names, model.fused_optimizer)
+    before = evaluated(model, ids)
     optimizer.update_hyper_parameters({"lr": 0.0})
-    assert [group["lr"] for group in model.fused_optimizer.param_groups] == [0.0, 0.0]
+    assert [group["lr"] for group in model.fused_optimizer.param_groups] == [0.0] * 3
     for _ in range(2):
-        step(model, ["a", "other"], model.fused_optimizer)
-    after = evaluated(model, {"a": IDS, "other": IDS})
+        step(model, names, model.fused_optimizer)
+    after = evaluated(model, ids)
     assert all(torch.equal(before[name], after[name]) for name in before)
     for group in model.fused_optimizer.param_groups:  # a scheduler's word comes after it
         group["lr"] = 0.5
-    step(model, ["a", "other"], model.fused_optimizer)
-    after = evaluated(model, {"a": IDS, "other": IDS})
+    step(model, names, model.fused_optimizer)
+    after = evaluated(model, ids)
     assert all(torch.equal(before[name] / 2, after[name]) for name in before)
 
 

@@ -127,6 +127,9 @@ def test_what_is_not_a_write() -> None:
     saved.seek(0)
     for loaded in (torch.load(saved, weights_only=True)["weight"], pickle.loads(pickle.dumps(parameter))):
         assert type(loaded) is nn.Parameter and loaded.shape == (0, 8) and loaded.requires_grad
+    parameter.requires_grad_(False)
+    for frozen in (copy.deepcopy(parameter), pickle.loads(pickle.dumps(parameter))):
+        assert not frozen.requires_grad
 
 
 def test_modules_go_on_with_it() -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from dynamicemb import CheckpointError, DynamicEmbError, DynamicEmbEvictStrategy, DynamicEmbWarning
-from dynamicemb.shard import get_score, table_statistics
+from dynamicemb.shard import get_score, set_score, table_statistics
 from dynamicemb.shard.tables import dynamic_tables
 from tests.checkpoint.models import contents, model, train
 from tests.distributed import run_on_ranks
-from tests.shard.models import STATIC, collection, distribute, dynamic, table
+from tests.shard.models import STATIC, collection, distribute, dynamic, one_sample, table
 
 START = "embeddings.embeddings."
 #: Entries that a row can do without.
@@ -83,9 +83,34 @@ def _subsets(rank: int, world_size: int) -> None:
             if count == 1:
                 train(target, range(5, 7), rank, world_size)  # goes on
 
+    # Of an earlier version, which did not say which optimizer it was: a state that the model's has, too, is no other.
+    target = model("adam", tables=1)
+    outcome, messages = _said(
+        lambda: target.load_state_dict(_without(state, "t0", ("config", "optimizer.exp_avg")), strict=False)
+    )
+    assert _names(outcome.missing_keys) == ["t0.optimizer.exp_avg"] and len(messages) == 2
+    _check_fresh(target, source, None, ("optimizer.exp_avg",))
+
 
 def test_every_subset_of_entries_starts_fresh_and_says_so() -> None:
     run_on_ranks(1, _subsets)
+
+
+def _clocks(rank: int, world_size: int) -> None:
+    """Without progress the table's own clock goes on; under LRU, where scores are times, not before the latest row."""
+    for strategy, steps in itertools.product(DynamicEmbEvictStrategy, (2, 9)):
+        source, target = (model(tables=1, strategy=strategy) for _ in range(2))
+        if strategy is DynamicEmbEvictStrategy.CUSTOMIZED:
+            set_score(source, 1000)
+        train(source, range(5), rank, world_size)
+        train(target, range(60, 60 + steps), rank, world_size)
+        with pytest.warns(DynamicEmbWarning, match="'t0': progress"):
+            target.load_state_dict(_without(source.state_dict(), "t0", ("progress",)), strict=False)
+        assert _progress(target).clock == (max(5, steps) if strategy is DynamicEmbEvictStrategy.LRU else steps)
+
+
+def test_a_clock_goes_on_where_progress_is_missing() -> None:
+    run_on_ranks(1, _clocks)
 
 
 def _refused(rank: int, world_size: int) -> None:
@@ -93,11 +118,14 @@ def _refused(rank: int, world_size: int) -> None:
     train(source, range(4), rank, world_size)
     train(target, range(60, 62), rank, world_size)
     state, before = source.state_dict(), contents(target)
-    for missing in (("keys",), ("weight",), ("keys", "scores"), ("weight", "optimizer.sum"), ("keys", "weight")):
-        with pytest.raises(CheckpointError, match=r"state dict of table 't1'.*no '(keys|weight)'.*belong together"):
-            target.load_state_dict(_without(state, "t1", missing), strict=False)
+    several = (("keys",), ("weight",), ("keys", "scores"), ("weight", "optimizer.sum"), ("keys", "weight"))
+    for name, missing in itertools.product(("t0", "t1"), several):
+        with pytest.raises(
+            CheckpointError, match=rf"state dict of table '{name}'.*no '(keys|weight)'.*belong together"
+        ):
+            target.load_state_dict(_without(state, name, missing), strict=False)
         with pytest.raises(RuntimeError, match="Missing key"):
-            target.load_state_dict(_without(state, "t1", missing))
+            target.load_state_dict(_without(state, name, missing))
         assert contents(target) == before
     everything = tuple(key.removeprefix(f"{START}t1.") for key in state if key.startswith(f"{START}t1."))
     outcome, messages = _said(lambda: target.load_state_dict(_without(state, "t1", everything), strict=False))
@@ -118,6 +146,9 @@ def _on_one_rank(rank: int, world_size: int) -> None:
     """Different entries on different ranks: an error on all of them."""
     source, target = model(tables=2), model(tables=2)
     train(source, range(4), rank, world_size)
+    source(
+        one_sample({name: torch.tensor([7]) for name in ("t0", "t1")})
+    ).backward()  # the latest row of one rank alone
     before = contents(target)
     for missing in (("progress",), ("optimizer.sum",), ("weight",), ("config",)):
         state = source.state_dict()

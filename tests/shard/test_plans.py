@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from dynamicemb import ConfigError, DynamicEmbTableOptions
 from dynamicemb.errors import RemoteRankError
 from dynamicemb.planner import DynamicEmbeddingShardingPlanner, DynamicEmbParameterSharding
 from dynamicemb.shard import DynamicEmbeddingCollectionSharder
+from dynamicemb.shard.plan_check import checked_plan
 from tests.distributed import run_on_ranks
 from tests.shard.models import CPU, collection, dynamic, features_of, table, train_step
 
@@ -99,6 +101,7 @@ def check_refusals(rank: int, world_size: int) -> None:
     object.__setattr__(bad, "init_capacity", 10**6)
     refused("does not fit the model: .*init_capacity", lambda: shard(replaced(dynamicemb_options=bad)))
     refused("'item' is planned with table=user,", lambda: shard(edited(exchanged)))
+    refused("'item' is planned for 5 ranks", lambda: shard(replaced(sharding_spec=None, ranks=list(range(5)))))
     for sharders in ([EmbeddingCollectionSharder()], None):  # None: torchrec's default sharders
         refused(
             "makes table 'item' dynamic, and torchrec's own sharder.*DynamicEmbeddingCollectionSharder",
@@ -130,6 +133,17 @@ def check_planning(world_size: int) -> None:
         refused("is planned for 1 ranks and being sharded on 2", lambda: shard(part))
 
 
+def check_ranks_of_a_replica(rank: int, world_size: int) -> None:
+    """With 2D parallelism tables are divided over the ranks of one replica, here of a single rank."""
+    own = [dist.new_group([member]) for member in range(world_size)][rank]
+    env: Any = types.SimpleNamespace(process_group=dist.group.WORLD, sharding_pg=own)
+    entries: Any = plan_for(1).plan[""]
+    assert checked_plan(model(), entries, env).keys() == entries.keys()
+    if world_size > 1:
+        entries = plan_for(world_size).plan[""]
+        refused("is planned for 2 ranks and being sharded on 1", lambda: checked_plan(model(), entries, env))
+
+
 def check_what_is_accepted(world_size: int) -> None:
     plan = plan_for(world_size)
     before = copy.deepcopy(plan)
@@ -146,11 +160,12 @@ def check_what_is_accepted(world_size: int) -> None:
 
 
 def work(rank: int, world_size: int) -> None:
-    check_refusals(rank, world_size)
+    check_what_is_accepted(world_size)
+    check_refusals(rank, world_size)  # also by torchrec's sharder, although ours has been at work in this process
     check_planning(world_size)
+    check_ranks_of_a_replica(rank, world_size)
     if world_size > 1:
         check_different_plans(rank, world_size)
-    check_what_is_accepted(world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -22,8 +22,8 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dynamicemb import CheckpointError, DynamicEmbError, DynamicEmbWarning
-from dynamicemb.shard import restore, sharded_rows, state_dict, table_statistics
+from dynamicemb import CheckpointError, DynamicEmbError, DynamicEmbEvictStrategy, DynamicEmbWarning
+from dynamicemb.shard import get_score, restore, set_score, sharded_rows, state_dict, table_statistics
 from tests.checkpoint.models import OPTIMIZERS, contents, model, train
 from tests.distributed import run_on_ranks
 from tests.oracle import mix64, owner
@@ -124,6 +124,13 @@ def _rows(rank: int, world_size: int) -> Any:
     progress = module.state_dict()["embeddings.embeddings.t0.progress"].tolist()
     statistics = table_statistics(module)["t0"]
     assert progress == [6, 6, 0, statistics.hits, statistics.evicted, statistics.refused]
+    reversed_shards = module.state_dict()
+    for value in reversed_shards.values():
+        if isinstance(value, ShardedTensor):
+            value.local_shards().reverse()  # torch promises no order
+    loaded = model("adam")
+    loaded.load_state_dict(reversed_shards)
+    assert contents(loaded) == contents(module)
     return result
 
 
@@ -217,6 +224,10 @@ def _without_group(rank: int, world_size: int) -> None:
         assert all(type(value) is torch.Tensor for value in state.values())
         second.load_state_dict(copy.deepcopy(state))
         assert contents(second) == contents(first) and len(contents(second)["t0"]) == 3
+        first, second = (alone(evict_strategy=DynamicEmbEvictStrategy.CUSTOMIZED) for _ in range(2))
+        set_score(first, -5)
+        second.load_state_dict(first.state_dict())
+        assert get_score(second) == {"t0": -5}
 
 
 def test_a_single_process_without_a_group() -> None:

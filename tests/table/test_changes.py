@@ -132,6 +132,7 @@ def test_rows_that_are_updated_late_are_changed(strategy: DynamicEmbEvictStrateg
     late = train(group, [5])
     train(group, [6]), train(group, [7])
     late.backward(torch.ones_like(late))
+    train(group, [8]).sum().backward()  # which is not late, and does not hide that another one was
     assert touched(7) >= {5, 7}
 
 
@@ -172,6 +173,17 @@ def test_an_update_that_comes_after_a_load_is_a_change(strategy: DynamicEmbEvict
     changes = group.changes
     assert changes.lag == 0
     assert changes.survey(0, changes.touched(0, clock, changes.lag)).selected == 1
+
+
+@pytest.mark.parametrize("strategy", [LRU, LFU])
+def test_changes_are_noted_from_the_load_of_one_of_the_tables_on(strategy: DynamicEmbEvictStrategy) -> None:
+    group = group_of(*(config(name, evict_strategy=strategy) for name in ("a", "b")))
+    train(group, [1]), train(group, [1], table=1)
+    group.restore(0, group.progress(0), 1)
+    train(group, [2])
+    group.changes.begin()
+    assert (group.changes.first_step(0), group.changes.first_step(1)) == (2, 3)
+    assert group.changes.survey(0, group.changes.touched(0, 3, 0)).selected == 1
 
 
 def test_lookups_that_nobody_noted_are_noticed() -> None:

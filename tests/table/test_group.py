@@ -208,6 +208,17 @@ class TestTablesOfOneGroup:
         assert rows_by_key(group, 0) == {8: [7.0] * DIM}
         assert rows_by_key(group, 1) == {8: [7.75] * DIM}
 
+    def test_each_takes_the_steps_that_it_is_to_take(self):
+        group = TableGroup([config(name="a"), config(name="b")], 1, CPU)
+        keys, tables = torch.tensor([8, 8]), torch.tensor([0, 1], dtype=torch.int32)
+        trained = [[False, True], [True, False], None, [True, False], [False, True], [False, False], [True, True]]
+        for choice in trained:
+            rows, found = group.train_lookup(keys, tables)
+            group.apply_gradients(found, torch.ones_like(rows), choice)
+        steps = [sum(choice is None or choice[table] for choice in trained) for table in (0, 1)]
+        assert group.steps.tolist() == steps
+        assert [rows_by_key(group, table) for table in (0, 1)] == [{8: [8.0 - count] * DIM} for count in steps]
+
     def test_tables_of_different_layouts_cannot_share_a_group(self):
         with pytest.raises(ConfigError, match="cannot share a group"):
             TableGroup([config(), config(dim=8)], 1, CPU)

@@ -6,9 +6,10 @@ import torch
 
 from dynamicemb import DynamicEmbEvictStrategy
 from dynamicemb.kernels.layout import OptimizerKind
+from dynamicemb.table.filling import HostRows, TableFilling
 from dynamicemb.table.optimizers import OptimizerConfig
-from tests.oracle import colliding_keys
-from tests.table.groups import NORMAL, config, group_of, keys_and_tables, read, train
+from tests.oracle import colliding_keys, mix64
+from tests.table.groups import DIM, NORMAL, config, group_of, keys_and_tables, read, train
 
 #: All in one bucket of eight.
 SAME = colliding_keys(0, 1, 0.5, None, 24)
@@ -43,6 +44,19 @@ def test_eviction_in_between() -> None:
     second.sum().backward()
     assert read(group, SAME[8:13]) == [-1.0] * 5
     assert group.counters()[0].evicted == 5
+
+
+def test_other_rows_are_loaded_in_between() -> None:
+    """They lie where those of the lookup were."""
+    group = group_of(config(capacity=8))
+    first = train(group, SAME[:8])
+    filling = TableFilling(group, 0, rows=8)
+    loaded = torch.tensor(sorted(SAME[8:16], key=mix64))
+    filling.add(HostRows(loaded, torch.zeros_like(loaded), torch.ones(8, DIM), {}))
+    filling.finish()
+    group.restore(0, group.progress(0), filling.kept)
+    first.sum().backward()
+    assert read(group, SAME[8:16]) == [1.0] * 8
 
 
 def test_refused_keys_take_no_update_though_they_come_in_later() -> None:

@@ -77,12 +77,15 @@ def test_a_table_that_cannot_grow_stays_as_it_was(failure: Exception) -> None:
 
 
 def test_a_second_doubling_that_fails_keeps_the_first() -> None:
+    """Rows have moved, and the update of an earlier lookup finds them."""
     group = group_of(config(capacity=64, init_capacity=8, max_load_factor=1.0))
-    train(group, range(4))
+    first = train(group, range(8))
     with room_for(8), pytest.raises(OutOfMemoryError, match="growing by 16 rows"):
-        train(group, range(4, 30))
+        train(group, range(8, 34))
     assert group.storage.geometries[0].slots == 16
-    assert sorted(group.stored_rows(0).keys.tolist()) == [0, 1, 2, 3]
+    assert sorted(group.stored_rows(0).keys.tolist()) == list(range(8))
+    first.sum().backward()
+    assert read(group, range(8)) == [-1.0] * 8
 
 
 def test_other_errors_stay_what_they_are() -> None:
