@@ -130,7 +130,7 @@ class _Source:
 
     Attributes:
         rows: ids.
-        blocks: distinct parts that make up the table; all ranks agree but on who holds what several ranks hold.
+        blocks: distinct parts that make up the table, the same on every rank; of what several ranks have, the first's.
         everywhere: places of the blocks that all ranks have.
         parts: values of this rank by place.
     """
@@ -170,16 +170,16 @@ class _Source:
         sizes = sorted({size for size, _ in described})
         if len(sizes) > 1:
             raise CheckpointError(f"table '{table.name}': its shape differs between ranks: {sizes}")
-        blocks = _distinct([block for _, own in described for block in own], ranks.rank)
+        blocks = _distinct([block for _, own in described for block in own])
         _check_cover(table.name, sizes[0], blocks)
         everywhere = set.intersection(*({block.place for block in own} for _, own in described))
         return _Source(sizes[0][0], blocks, everywhere, parts)
 
 
-def _distinct(blocks: list[_Block], rank: int) -> list[_Block]:
-    """One block for each place, this rank's own if it has one. The same places in the same order on every rank."""
+def _distinct(blocks: list[_Block]) -> list[_Block]:
+    """One block for each place, that of the first rank that has it. The same on every rank."""
     by_place: dict[_Place, _Block] = {}
-    for block in sorted(blocks, key=lambda block: (block.place, block.rank != rank, block.rank)):
+    for block in sorted(blocks, key=lambda block: (block.place, block.rank)):
         by_place.setdefault(block.place, block)
     return list(by_place.values())
 
