@@ -378,6 +378,8 @@ def _refused(rank: int, world_size: int, folder: str) -> None:
         with pytest.raises(CheckpointError, match=message):
             load(module, f"{folder}/{name}", prefix=prefix)
         assert contents(module) == before
+    with pytest.raises(CheckpointError, match=r"'t0'.*has rows of a dynamic table"):
+        load(plain, f"{folder}/adam", prefix="model.")
     with pytest.raises(CheckpointError, match="checkpoint_id"):
         load(first)
     module = model("adam", tables=3)

@@ -21,6 +21,7 @@ from dynamicemb import (
     DynamicEmbLoad,
     RemoteRankError,
 )
+from dynamicemb.checkpoint import load
 from dynamicemb.shard import table_statistics
 from tests.checkpoint.models import contents, model, train
 from tests.distributed import run_on_ranks
@@ -171,7 +172,17 @@ def _damaged(rank: int, world_size: int, folder: str) -> dict[str, list[str]]:
     DynamicEmbLoad(f"{folder}/good", again, optim=True)
     losses = [train(one, range(4, 10), rank, world_size) for one in (fresh, again)]
     assert losses[0] == losses[1], "a load that failed has left something behind"
+    with pytest.MonkeyPatch.context() as patch:  # good when it is checked, and gone when it is read again
+        patch.setattr(load, "from_disk", _gone)
+        with pytest.raises((CheckpointError, RemoteRankError), match="gone"):
+            DynamicEmbLoad(f"{folder}/good", trained, optim=True)
+    assert not any(contents(trained).values())
+    assert all(table.size == 0 for table in table_statistics(trained).values())
     return messages
+
+
+def _gone(*arguments: object) -> None:
+    raise CheckpointError("gone")
 
 
 def _good(rank: int, world_size: int, folder: str) -> None:

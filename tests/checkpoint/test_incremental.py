@@ -282,7 +282,8 @@ def _refusals(rank: int, world_size: int, folder: str) -> None:
     refused(base, "base has no table 't1'", "table_names", optim=True)
     refused(base, "optim=True", table_names=only)
     refused(base, "holds a full checkpoint", "overwrite", name="base", table_names=only, optim=True)
-    refused(base, "take the place", name="base", table_names=only, optim=True, overwrite=True)
+    for same in (base, f"{folder}/../{os.path.basename(folder)}/base"):
+        refused(same, "take the place", name="base", table_names=only, optim=True, overwrite=True)
     refused(f"{folder}/nowhere", "nowhere")
     assert os.listdir(folder) == ["base"]
     incremental_dump(f"{folder}/delta", module, base, only, optim=True)

@@ -177,6 +177,10 @@ def _some_tables(rank: int, world_size: int) -> None:
     assert contents(module)["t0"] == own
     load_static(module.module.embeddings, {f"embeddings.{name}.weight": values(name) for name in NAMES})
     check(module)
+    # Of several, that of the model's own path.
+    state = {f"somewhere.else.embeddings.{name}.weight": torch.zeros_like(values(name)) for name in NAMES}
+    load_static(module, state | {f"embeddings.embeddings.{name}.weight": values(name) for name in NAMES})
+    check(module)
 
 
 def test_some_tables_and_other_paths() -> None:
