@@ -56,17 +56,19 @@ class History:
             placement=Placement(2, 1024, (512, 1024)),
         )
 
-    def write(self, path: Path, since: Optional[int] = None, name: str = "item", **changes: Any) -> Path:
-        """A checkpoint of this table alone: a full one, or what changed since step ``since``. ``changes`` are made to
-        what the manifest says of it."""
+    def write(self, path: Path, since: Optional[int] = None, *names: str, **changes: Any) -> Path:
+        """A checkpoint of this table alone, or under several names: a full one, or what changed since step ``since``.
+        ``changes`` are made to what the manifest says of it."""
+        schema = changes.pop("schema", SCHEMA)
         rows = [key for key in self.rows if since is None or self.touched[key] >= since]
         gone = [key for key, step in self.gone.items() if step > (since or 0) and key not in self.rows]
         with CheckpointWriter(path, "full" if since is None else "delta") as writer:
-            table = writer.table(COLLECTION, name, changes.pop("schema", SCHEMA))
-            table.write(self.arrays(sorted(rows, key=mix64)))
-            if since is not None:
-                table.write_evicted(np.array(sorted(gone, key=mix64), np.int64))
-            table.finish(dataclasses.replace(self.record(since), **changes))
+            for name in names or ("item",):
+                table = writer.table(COLLECTION, name, schema)
+                table.write(self.arrays(sorted(rows, key=mix64)))
+                if since is not None:
+                    table.write_evicted(np.array(sorted(gone, key=mix64), np.int64))
+                table.finish(dataclasses.replace(self.record(since), **changes))
         return path
 
     def arrays(self, keys: list[int]) -> Rows:

@@ -168,8 +168,16 @@ def test_deltas_of_another_run_are_noticed(run: tuple[History, list[Path]], tmp_
 
 
 def test_another_table_is_an_error(run: tuple[History, list[Path]], tmp_path: Path) -> None:
-    other = run[0].write(tmp_path / "other", 1, name="user")
+    other = run[0].write(tmp_path / "other", 1, "user")
     assert_refused([run[1][0], other], tmp_path / "merged", "no table 'item'", "same tables")
+    more = run[0].write(tmp_path / "more", 1, "item", "user")
+    assert_refused([run[1][0], more], tmp_path / "merged", f"{run[1][0]} has no table 'user'", "same tables")
+
+
+def test_a_later_delta_may_begin_earlier(run: tuple[History, list[Path]], tmp_path: Path) -> None:
+    history, paths = run
+    merge([paths[2], history.write(tmp_path / "longer", 1)], tmp_path / "delta")
+    assert files(tmp_path / "delta") == files(history.write(tmp_path / "expected", 1))
 
 
 @pytest.mark.parametrize(
