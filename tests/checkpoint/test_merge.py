@@ -235,8 +235,30 @@ def test_a_wrong_order_of_keys_is_an_error(part: str, run: tuple[History, list[P
     assert_refused([run[1][0], delta], tmp_path / "merged", *words)
 
 
-def test_a_delta_with_all_rows_needs_no_tombstones(run: tuple[History, list[Path]], tmp_path: Path) -> None:
+def test_a_wrong_order_between_blocks_is_an_error(
+    run: tuple[History, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "PIECE_BYTES", 2 * 2 * SCHEMA.row_bytes)  # blocks of two rows in each of two files
+    one, two, three, four = sorted(range(2, 6), key=mix64)
+    history, delta = (
+        History(clock=2, rows=dict.fromkeys(range(2, 6), 1), touched=dict.fromkeys(range(2, 6), 2)),
+        "delta",
+    )
+    with CheckpointWriter(tmp_path / delta, "delta") as writer:
+        table = writer.table(COLLECTION, "item", SCHEMA)
+        table.write(history.arrays([one, three, two, four]))
+        table.write_evicted(np.array([], np.int64))
+        table.finish(dataclasses.replace(history.record(1), table_rows=10))
+    words = ("item_keys, offset 16", f"key {two} follows key {three}")
+    assert_refused([run[1][0], tmp_path / delta], tmp_path / "merged", *words)
+
+
+@pytest.mark.parametrize("block_rows", [1, 1000])
+def test_a_delta_with_all_rows_needs_no_tombstones(
+    block_rows: int, run: tuple[History, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Since step 0, of a model that had not noted which keys went: older rows do not count."""
+    monkeypatch.setattr(chain, "PIECE_BYTES", block_rows * 3 * SCHEMA.row_bytes)
     history, (full, first, *_) = run
     history.gone = {}
     everything = history.write(tmp_path / "everything", 0)
