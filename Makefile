@@ -29,6 +29,7 @@ OTHER_STACK := $(if $(filter cuda,$(STACK)),cpu,cuda)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
 OLDEST_TRITON := $(VENV)/triton-3.6.0
 
+PROCESSORS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 WORKERS ?= $(if $(filter cuda,$(STACK)),1,$(shell echo $$(( $(PROCESSORS) < 4 ? $(PROCESSORS) : 4 ))))
 # Whole files go to a worker, since their tests share what takes long to make, in the order of tests/conftest.py.
 PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
