@@ -58,17 +58,18 @@ class Stack:
 
 
 #: Every pair of torch and fbgemm with the oldest and the newest torchrec; every torchrec, and the oldest Numba and
-#: NumPy, with the pair that make pins. torch's CUDA builds ask for one release of Triton each.
+#: NumPy, with the pair that make pins. torch's CUDA builds ask for one release of Triton each, and the interpreter of
+#: Triton 3.6, which tests use, for a NumPy below 2.4.
 STACKS = (
     Stack("2.13.0", "1.8.0", "1.8.0", "3.7.1"),
     Stack("2.13.0", "1.8.0", "1.9.2", "3.9.0"),
     Stack("2.13.0", "1.8.0", "1.7.0", "3.7.1"),
-    Stack("2.13.0", "1.8.0", "1.6.1", "3.6.0"),
+    Stack("2.13.0", "1.8.0", "1.6.1", "3.6.0", numpy="2.3.5"),
     Stack("2.13.0", "1.8.0", "1.8.0", "3.7.1", numba="0.61.0", numpy="1.26.4"),
     Stack("2.14.1", "1.9.0", "1.9.2", "3.8.0"),
     Stack("2.14.1", "1.9.0", "1.6.1", "3.8.0"),
-    Stack("2.11.0", "1.6.0", "1.6.1", "3.6.0"),
-    Stack("2.11.0", "1.6.0", "1.9.2", "3.6.0"),
+    Stack("2.11.0", "1.6.0", "1.6.1", "3.6.0", numpy="2.3.5"),
+    Stack("2.11.0", "1.6.0", "1.9.2", "3.6.0", numpy="2.3.5"),
     Stack("2.12.1", "1.7.0", "1.7.0", "3.7.1"),
     Stack("2.12.1", "1.7.0", "1.9.2", "3.7.1"),
     Stack("2.15.0", "1.9.0", "1.9.2", "3.9.0"),
