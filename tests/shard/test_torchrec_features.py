@@ -143,7 +143,7 @@ def clipped(rank: int, world_size: int, plain: bool) -> list[dict[str, Any]]:
 
 @pytest.mark.skipif(
     "track_grad_norm" not in inspect.signature(GradientClippingOptimizer).parameters,
-    reason="torchrec 1.6 does not say the norm of gradients",
+    reason="torchrec before 1.8 does not say the norm of gradients",
 )
 def test_clipping_as_with_torchrec_tables() -> None:
     """Dense gradients are clipped alike, and rows, which are updated in the backward pass, never are."""
