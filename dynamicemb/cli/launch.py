@@ -6,6 +6,7 @@ that; it can only leave a message that torchrun shows at the end (:func:`record_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -88,8 +89,5 @@ def record_failure(message: str) -> None:
     if not path:
         return
     extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-    try:
-        with open(path, "w") as file:
-            json.dump({"message": {"message": message, "extraInfo": extra}}, file)
-    except OSError:
-        pass  # the message is on stderr
+    with contextlib.suppress(OSError), open(path, "w") as file:  # if it cannot be written: the message is on stderr
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
