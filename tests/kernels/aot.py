@@ -29,8 +29,8 @@ from ahead_of_time.launches import Launch, recorded_launches  # noqa: E402
 from ahead_of_time.machine_code import MachineCode, compiled, machine_code  # noqa: E402
 
 __all__ = [
-    "ROOT", "Launch", "code_of", "compilations", "every_launch", "functions", "group_step", "kernels", "ptx_of",
-    "recorded_launches", "some_launches", "warps_that_fit", "width_classes",
+    "ARCHITECTURES", "ROOT", "Launch", "code_of", "compilations", "compiled", "every_launch", "functions", "group_step",
+    "kernels", "ptx_of", "recorded_launches", "some_launches", "warps_that_fit", "width_classes",
 ]  # fmt: skip
 
 

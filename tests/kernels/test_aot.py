@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,10 +32,12 @@ from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 from dynamicemb.options import BUCKET_CAPACITIES, EMBEDDING_DTYPES, DynamicEmbEvictStrategy
 from tests.kernels import toy_kernels
 from tests.kernels.aot import (
+    ARCHITECTURES,
     ROOT,
     Launch,
     code_of,
     compilations,
+    compiled,
     every_launch,
     group_step,
     kernels,
@@ -165,6 +168,24 @@ def test_arithmetic_is_not_fused(kernel: str) -> None:
             ptx = ptx_of(launch)
             assert "fma.rn" not in ptx
             assert ".ftz" not in ptx and ".approx" not in ptx and "div.full" not in ptx
+
+
+def test_a_wide_row_s_state_is_read_before_one_warp_writes_it() -> None:
+    """Rows over several warps have one state for row-wise Adagrad. All warps read it and one writes it: a barrier lies
+    between, or a late warp reads what was written."""
+    wide = {"OPTIMIZER": int(OptimizerKind.ROWWISE_ADAGRAD), "COLUMNS": 1024, "DTYPE": 1}
+    launches = [
+        launch
+        for launch in some_launches()
+        if launch.kernel == "_update_kernel" and wide.items() <= dict(launch.constants).items()
+    ]
+    assert launches and all(dict(launch.options)["num_warps"] > 1 for launch in launches)
+    for architecture in ARCHITECTURES:
+        lines = str(compiled(launches[0], architecture).asm["ptx"]).splitlines()
+        # Rows of 16 bits are written by wider stores.
+        (store,) = (number for number, line in enumerate(lines) if "st.global.b32" in line)
+        before = next(line for line in reversed(lines[:store]) if re.search(r"bar\.sync|ld\.global|^\$L__BB", line))
+        assert "bar.sync" in before, f"sm_{architecture}"
 
 
 def other_triton() -> Optional[Path]:

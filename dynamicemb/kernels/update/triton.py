@@ -91,8 +91,11 @@ def _update_kernel(
             tl.store(sums, total, mask=mask)
             weights -= tl.div_rn(rate * gradient, tl.sqrt_rn(total) + eps)
         elif OPTIMIZER == _ROWWISE_ADAGRAD:
+            # Before the sum: all warps of a wide row read the state, and one of them writes it. The sum makes them wait
+            # for each other.
+            before = tl.load(state, mask=active, other=0.0)
             squares = tl.sum(gradient * gradient, axis=1)
-            total = tl.load(state, mask=active, other=0.0) + tl.div_rn(squares, tl.full([ROWS], DIM, tl.float32))
+            total = before + tl.div_rn(squares, tl.full([ROWS], DIM, tl.float32))
             tl.store(state, total, mask=active)
             weights -= tl.div_rn(rate, tl.sqrt_rn(total)[:, None] + eps) * gradient
         else:
