@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python_path
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -20,7 +22,7 @@ def _run(code: str, directory: Path, *launcher: str) -> str:
     script = directory / "from_readme.py"
     script.write_text(code)
     # Port 0: any that is free, since other tests may run beside this one.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
     finished = subprocess.run(
         [sys.executable, *launcher, str(script)],
         env=environment,

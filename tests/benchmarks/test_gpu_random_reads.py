@@ -11,6 +11,7 @@ from gpu.ceilings import WIDTHS_BYTES
 from gpu.random_reads import PROGRAM_WORDS, places_read, random_reads
 
 from tests.benchmarks.conftest import BENCHMARKS
+from tests.processes import python_path
 
 SCRIPT = """
 import torch
@@ -26,7 +27,7 @@ print("read")
 
 
 def test_the_kernel_reads_where_it_should() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(BENCHMARKS)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": python_path(BENCHMARKS)}
     process = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
     assert process.stdout == "read\n", process.stderr
 

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from dynamicemb.cli import main, model
+from tests.processes import python_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,8 +64,7 @@ def process(*arguments: object, ranks: int = 0, cwd: Path = ROOT) -> Result:
     if ranks:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         start = [sys.executable, *launcher, "-m", "dynamicemb"]
-    environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*start, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240
     )

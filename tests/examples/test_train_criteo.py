@@ -14,6 +14,8 @@ import pytest
 from generated_rows import generate
 from rows import CATEGORICAL, DENSE
 
+from tests.processes import python_path
+
 pytestmark = pytest.mark.slow  # processes that train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +31,7 @@ def _demo(
 
 
 def _run(program: list[str], *arguments: object, gpus: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     return subprocess.run(
         [sys.executable, *program, *map(str, arguments)],
         cwd=ROOT,

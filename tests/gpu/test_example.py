@@ -13,6 +13,7 @@ import pytest
 
 from tests import tolerances
 from tests.gpu.scale import SCALES, Scale
+from tests.processes import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What happened to the keys of a table: decided by the ids alone, so both engines must say the same.
@@ -22,7 +23,7 @@ TIMEOUT_SECONDS = 280
 
 def start(gpus: str, summary: Path, rows: int) -> subprocess.Popen[str]:
     """The demo in one process of torchrun, on the GPUs with these numbers; none: on the CPU."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": gpus}
+    environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": gpus}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     # Half of the tables are full of 512 rows after a few thousand rows of the log.
     arguments = ["--rows", str(rows), "--capacity", "512", "--score", "lfu", "--summary", str(summary)]

@@ -48,6 +48,7 @@ from tests.kernels.aot import (
     width_classes,
 )
 from tests.kernels.registers import CEILINGS
+from tests.processes import python_path
 
 #: Names a folder with another Triton; see the test that uses it.
 OTHER_TRITON_VARIABLE = "DYNAMICEMB_OTHER_TRITON"
@@ -201,10 +202,9 @@ def test_kernels_compile_with_another_triton(tmp_path: Path) -> None:
     if folder is None:
         pytest.skip(f"no other Triton in {sys.prefix}/triton-*; {OTHER_TRITON_VARIABLE} names another folder")
     command = [sys.executable, str(ROOT / "benchmarks" / "aot.py"), "--quick", "--architecture", "90"]
-    paths = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [*command, "--processes", "1", "--output", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": python_path(folder, ROOT)}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert run.returncode == 0, f"{run.stdout[-4000:]}\n{run.stderr[-4000:]}"
     (file,) = tmp_path.glob("*.json")
