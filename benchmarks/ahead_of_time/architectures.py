@@ -1,43 +1,29 @@
-"""The GPUs that kernels are compiled for, and how many warps of a kernel one of their multiprocessors holds.
-
-Limits: CUDA C++ Programming Guide, technical specifications for each compute capability. Rules of allocation: what
-``cuda_occupancy.h`` of the CUDA toolkit computes.
-"""
+"""The GPUs that kernels are compiled for, and how many warps of a kernel one of their multiprocessors holds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dynamicemb.kernels.occupancy import resident_programs
+
 __all__ = ["ARCHITECTURES", "Architecture"]
 
 _KIB = 1024
-_THREADS_PER_WARP = 32
-_SUBPARTITIONS = 4
-#: Registers are given to a warp in units of this many.
-_REGISTER_UNIT = 256
-_SHARED_UNIT_BYTES = 128
-#: Shared memory that the system takes from every block.
-_SHARED_RESERVED_BYTES = 1 * _KIB
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One multiprocessor.
+    """One multiprocessor; what all of them have in common is in :mod:`dynamicemb.kernels.occupancy`.
 
     Attributes:
         compute_capability: 80 for 8.0.
         devices: that have it.
         shared_bytes: of shared memory.
-        max_warps, max_blocks: that it keeps resident.
-        registers: of 32 bits.
     """
 
     compute_capability: int
     devices: str
     shared_bytes: int
-    max_warps: int = 64
-    max_blocks: int = 32
-    registers: int = 65_536
 
     @property
     def name(self) -> str:
@@ -48,17 +34,10 @@ class Architecture:
 
         Args:
             registers: of a thread.
-            shared_bytes: of a block.
-            warps: of a block.
+            shared_bytes: of a program.
+            warps: of a program.
         """
-        of_a_warp = _round_up(max(registers, 1) * _THREADS_PER_WARP, _REGISTER_UNIT)
-        by_registers = self.registers // _SUBPARTITIONS // of_a_warp * _SUBPARTITIONS // warps
-        by_shared = self.shared_bytes // _round_up(shared_bytes + _SHARED_RESERVED_BYTES, _SHARED_UNIT_BYTES)
-        return warps * min(by_registers, by_shared, self.max_warps // warps, self.max_blocks)
-
-
-def _round_up(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
+        return warps * resident_programs(warps, registers, shared_bytes, self.shared_bytes)
 
 
 ARCHITECTURES = {

@@ -16,16 +16,17 @@ from typing import Any, NamedTuple, Optional, Union
 import torch
 from triton.runtime.jit import JITFunction
 
-__all__ = ["POINTER_ALIGNMENT", "Launch", "LaunchOptions", "intercepted", "launch", "resident_programs"]
+from dynamicemb.kernels.occupancy import resident_programs
+
+__all__ = ["POINTER_ALIGNMENT", "Launch", "LaunchOptions", "grid_stride_programs", "intercepted", "launch"]
 
 #: Bytes; what lets a thread move 128 bits at a time. Memory that torch allocates starts at multiples of 512.
 POINTER_ALIGNMENT = 16
 
-
-# What an SM holds at once, on every NVIDIA data-centre GPU since Ampere: 64 warps, in 32 programs.
-_WARPS_PER_SM, _PROGRAMS_PER_SM, _REGISTERS_PER_SM, _THREADS_PER_WARP = 64, 32, 65536, 32
-#: SMs where there are none: in Triton's interpreter, so that a program has several tiles in a test too.
-_INTERPRETED_SMS = 1
+#: Programs of :func:`grid_stride_programs` for each place: an error in the number of places costs a quarter, not all.
+_ROUNDS = 4
+#: In Triton's interpreter, where there are no places: few, so that each program has several tiles in a test too.
+_INTERPRETED_PROGRAMS = 3
 
 
 class LaunchOptions(NamedTuple):
@@ -86,23 +87,31 @@ def intercepted(handler: Callable[[Launch], None]) -> Iterator[None]:
 
 @functools.cache
 def _sms(device_index: int) -> int:
-    return (
-        torch.cuda.get_device_properties(device_index).multi_processor_count if device_index >= 0 else _INTERPRETED_SMS
-    )
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
-def resident_programs(tiles: int, like: torch.Tensor, options: LaunchOptions) -> int:
+def grid_stride_programs(tiles: int, like: torch.Tensor, options: LaunchOptions) -> int:
     """Programs that share ``tiles`` tiles, of which only the device knows how many have anything in them.
 
-    A launch of a program for each tile would start, for a batch in which every id occurs three times, two empty
-    programs beside each busy one, and a start costs an SM about a microsecond of one of its places. So no more programs
-    start than the GPU of ``like`` holds at once, and each takes every so-many-th tile until there are none. What it
-    holds follows from ``options``: a limit of registers is taken for what a thread needs.
+    Program ``p`` of ``n`` takes the tiles ``p``, ``p + n``, ``p + 2 * n`` and so on. There are four programs for each
+    place that the GPU of ``like`` has for one, so they run in four rounds. One round would need the fewest starts, but
+    it must be one exactly: if a single program finds no place, it starts when the others end, walks a whole share alone
+    and doubles the time of the launch. With four rounds it adds a quarter, and so does any GPU whose limits differ from
+    those in :mod:`~dynamicemb.kernels.occupancy`. Rounds also even out tiles that take unequal time.
+
+    A start takes about a microsecond of one of the GPU's places, which programs without a tile waste. With four rounds
+    that is four microseconds at most. A program for each tile of a million ids, if every id occurs three times, would
+    waste hundreds.
+
+    Places follow from ``options``, whose limit of registers is taken for what a thread needs. Shared memory is not
+    counted: the kernels that are launched like this have 4 KiB at most, and it is never what limits them.
     """
-    warps = _WARPS_PER_SM
-    if options.maxnreg is not None:
-        warps = min(warps, _REGISTERS_PER_SM // (options.maxnreg * _THREADS_PER_WARP))
-    return min(tiles, _sms(like.get_device()) * min(_PROGRAMS_PER_SM, max(1, warps // options.num_warps)))
+    assert options.maxnreg is not None, "only a limit of registers says how many programs fit"
+    if (device_index := like.get_device()) < 0:
+        return min(tiles, _INTERPRETED_PROGRAMS)
+    places = _sms(device_index) * resident_programs(options.num_warps, options.maxnreg)
+    assert places > 0, f"no program of {options.num_warps} warps with {options.maxnreg} registers fits"
+    return min(tiles, _ROUNDS * places)
 
 
 def launch(

@@ -17,6 +17,7 @@ from pathlib import Path
 from triton.runtime.jit import JITFunction
 
 import dynamicemb.kernels
+from dynamicemb.kernels.occupancy import resident_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT / "benchmarks") not in sys.path:
@@ -69,8 +70,7 @@ def compilations() -> Iterator[tuple[Launch, int]]:
 
 def warps_that_fit(registers: int) -> int:
     """On a multiprocessor of any architecture, with so many registers for each thread, if nothing else limits them."""
-    (warps,) = {architecture.resident_warps(registers, 0, warps=4) for architecture in ARCHITECTURES.values()}
-    return warps
+    return 4 * resident_programs(4, registers)
 
 
 def ptx_of(launch: Launch) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ from dynamicemb.kernels.hashing import mix64
 from dynamicemb.kernels.launch import Launch as Call
 from dynamicemb.kernels.launch import intercepted
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
+from dynamicemb.kernels.occupancy import resident_programs
 from dynamicemb.options import BUCKET_CAPACITIES, EMBEDDING_DTYPES, DynamicEmbEvictStrategy
 from tests.kernels import toy_kernels
 from tests.kernels.aot import (
@@ -124,6 +126,22 @@ def test_registers_stay_below_ceilings() -> None:
     for kernel, used in most.items():
         assert used <= CEILINGS[kernel].registers, kernel
         assert warps_that_fit(used) <= CEILINGS[kernel].warps + STEP_OF_WARPS, kernel
+
+
+def shares_tiles(launch: Launch) -> bool:
+    return "tl.num_programs(" in inspect.getsource(launch.function.fn)
+
+
+def test_programs_that_a_launch_counts_on_are_resident() -> None:
+    """What a limit of registers leaves room for, registers and shared memory of the machine code leave room for."""
+    seen = set()
+    for launch, architecture in compilations():
+        if shares_tiles(launch):
+            code, options = code_of(launch, architecture), dict(launch.options)
+            resident = ARCHITECTURES[architecture].resident_warps(code.registers, code.shared_bytes, code.warps)
+            assert 0 < resident_programs(options["num_warps"], options["maxnreg"]) * code.warps <= resident, launch
+            seen.add(launch.kernel)
+    assert seen == {"_find_kernel", "_insert_kernel", "_fill_kernel", "_update_kernel", "_sum_rows_kernel"}
 
 
 def moves_rows(launch: Launch) -> bool:

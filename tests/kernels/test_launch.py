@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 from dynamicemb.kernels import launch as module
-from dynamicemb.kernels.launch import Launch, LaunchOptions, intercepted, launch, resident_programs
+from dynamicemb.kernels.launch import Launch, LaunchOptions, grid_stride_programs, intercepted, launch
 
 
 @triton.jit(do_not_specialize=["total"])
@@ -112,10 +112,32 @@ def test_intercepted_launches(compiled: list[CompiledKernel]) -> None:
     assert len(compiled) == 1
 
 
-def test_no_more_programs_than_there_are_tiles_or_places() -> None:
-    like = torch.zeros(1)  # a host tensor stands for a GPU of one SM: 64 warps in 32 programs
-    assert [resident_programs(tiles, like, LaunchOptions(1)) for tiles in (0, 1, 31, 32, 1000)] == [0, 1, 31, 32, 32]
-    assert [resident_programs(1000, like, LaunchOptions(warps)) for warps in (2, 4, 8)] == [32, 16, 8]
-    # 65,536 registers are enough for 2048 threads with 32 of them, 512 with 128, 390 with 168.
-    asked = [(1, 32), (1, 128), (4, 128), (4, 168), (32, 255)]
-    assert [resident_programs(1000, like, LaunchOptions(*options)) for options in asked] == [32, 16, 4, 3, 1]
+class OnGpu:
+    """A tensor, as far as :func:`grid_stride_programs` looks at it."""
+
+    def get_device(self) -> int:
+        return 0
+
+
+def test_four_rounds_of_what_is_resident_or_one_program_for_each_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_sms", lambda device_index: 132)  # of an H100
+    options = LaunchOptions(1, maxnreg=96)  # 20 programs on an SM
+    programs = [grid_stride_programs(tiles, OnGpu(), options) for tiles in (0, 1, 2640, 10_559, 10_560, 10_561, 10**9)]
+    assert programs == [0, 1, 2640, 10_559, 10_560, 10_560, 10_560]
+    asked = [(1, 64), (1, 104), (1, 136), (4, 168), (8, 96)]
+    programs = [grid_stride_programs(10**9, OnGpu(), LaunchOptions(*each)) for each in asked]
+    assert programs == [528 * resident for resident in (32, 16, 12, 3, 2)]
+
+
+def test_a_few_programs_in_the_interpreter() -> None:
+    programs = [grid_stride_programs(tiles, torch.zeros(1), LaunchOptions(1, maxnreg=32)) for tiles in (0, 1, 2, 10**9)]
+    assert programs == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("options", [LaunchOptions(1), LaunchOptions(32, maxnreg=128)], ids=str)
+def test_numbers_of_programs_that_nothing_is_known_about_are_our_own_bug(
+    monkeypatch: pytest.MonkeyPatch, options: LaunchOptions
+) -> None:
+    monkeypatch.setattr(module, "_sms", lambda device_index: 132)
+    with pytest.raises(AssertionError, match="program"):
+        grid_stride_programs(100, OnGpu(), options)

@@ -22,7 +22,7 @@ from dynamicemb.kernels.fill import (
     SQRT_HALF,
     FillMode,
 )
-from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
+from dynamicemb.kernels.launch import LaunchOptions, grid_stride_programs, launch
 from dynamicemb.kernels.rows_triton import (
     DTYPE_CODES,
     column_tile,
@@ -218,7 +218,7 @@ def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch
     entries = unique.keys.numel()
     rows, options = row_tile(layout.dim), _options(layout.dim)
     tile = max(rows, _TILE)
-    programs = resident_programs(triton.cdiv(entries, tile), slots, options)
+    programs = grid_stride_programs(triton.cdiv(entries, tile), slots, options)
     launch(
         _fill_kernel, programs, view.addresses, unique.count, unique.keys, unique.tables, slots,
         status, init.seeds, init.modes, init.parameters, init.states, view.addresses.shape[1], DIM=layout.dim,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
+from dynamicemb.kernels.launch import LaunchOptions, grid_stride_programs, launch
 from dynamicemb.kernels.layout import NO_SLOT
 from dynamicemb.kernels.triton_support import (
     aligned,
@@ -34,7 +34,8 @@ _NO_SLOT = tl.constexpr(NO_SLOT)
 _PIECE = 16
 # Pieces of a program: two for each lane of its one warp.
 _PIECES_PER_PROGRAM = 64
-_OPTIONS = LaunchOptions(num_warps=1)
+# As many as let an SM hold 32 programs, which is the most that it holds of any size.
+_OPTIONS = LaunchOptions(num_warps=1, maxnreg=64)
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def find(
     slots = torch.empty_like(keys)
     piece = min(view.bucket_capacity, _PIECE)
     tile = _PIECES_PER_PROGRAM * piece // view.bucket_capacity
-    programs = resident_programs(triton.cdiv(keys.numel(), tile), keys, _OPTIONS)
+    programs = grid_stride_programs(triton.cdiv(keys.numel(), tile), keys, _OPTIONS)
     launch(
         _find_kernel, programs, view.addresses, view.geometry, batch.count, keys, aligned(batch.tables),
         slots if scores is None else aligned(scores), slots, view.addresses.shape[1], view.world_size,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from dynamicemb.kernels.insert import Insertion
-from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
+from dynamicemb.kernels.launch import LaunchOptions, grid_stride_programs, launch
 from dynamicemb.kernels.triton_support import (
     aligned,
     bucket_slot,
@@ -321,7 +321,7 @@ def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: tor
     status = torch.zeros(entries, dtype=torch.int8, device=slots.device)
     evicted_keys, evicted_scores = torch.empty_like(slots), torch.empty_like(slots)
     look = max(_LOOK, 2 * capacity)
-    programs = resident_programs(triton.cdiv(entries, look - capacity), slots, _OPTIONS)
+    programs = grid_stride_programs(triton.cdiv(entries, look - capacity), slots, _OPTIONS)
     launch(
         _insert_kernel, programs, view.addresses, view.geometry, unique.count, unique.keys, unique.tables,
         aligned(scores), slots, status, evicted_keys, evicted_scores, view.addresses.shape[1], view.world_size,

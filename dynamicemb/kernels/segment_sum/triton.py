@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
+from dynamicemb.kernels.launch import LaunchOptions, grid_stride_programs, launch
 from dynamicemb.kernels.rows_triton import (
     DTYPE_CODES,
     add_rows,
@@ -118,7 +118,7 @@ def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
             LaunchOptions(row_warps(dim, warps=_WARPS), sum_rows_registers(dim)),
         )
         launch(
-            _sum_rows_kernel, resident_programs(triton.cdiv(entries, rows), values, options), float_view(values),
+            _sum_rows_kernel, grid_stride_programs(triton.cdiv(entries, rows), values, options), float_view(values),
             unique.order, unique.offsets, unique.count, block_sums(values, unique), out, DIM=dim,
             COLUMNS=column_tile(dim), ROWS=rows, DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
             options=options,

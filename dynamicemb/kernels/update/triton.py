@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dynamicemb.kernels.launch import LaunchOptions, launch, resident_programs
+from dynamicemb.kernels.launch import LaunchOptions, grid_stride_programs, launch
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.kernels.rows_triton import (
     DTYPE_CODES,
@@ -136,7 +136,7 @@ def update(
     registers = sum_rows_registers(layout.dim, converts=layout.embedding_dtype is not torch.float32)
     options = LaunchOptions(row_warps(layout.dim, warps=_WARPS), registers, enable_fp_fusion=False)
     launch(
-        _update_kernel, resident_programs(triton.cdiv(entries, rows), slots, options), view.addresses, unique.count,
+        _update_kernel, grid_stride_programs(triton.cdiv(entries, rows), slots, options), view.addresses, unique.count,
         unique.tables, slots, unique.order, unique.offsets, float_view(gradients), block_sums(gradients, unique),
         hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
         ROWS=rows, ROW_BYTES=layout.row_bytes, STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
