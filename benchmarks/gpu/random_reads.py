@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dynamicemb.kernels.launch import LaunchOptions, launch
+
 __all__ = ["PROGRAM_WORDS", "WARPS", "launched_reads", "places_read", "random_read_kernel", "random_reads"]
 
 _MASK = (1 << 64) - 1
@@ -45,9 +47,10 @@ def launched_reads(words: torch.Tensor, width: int, reads: int, salt: int) -> to
     """As :func:`random_reads`, by the kernel wherever ``words`` are."""
     programs = reads * width // PROGRAM_WORDS
     sums = torch.empty(programs, dtype=torch.int64, device=words.device)
-    random_read_kernel[(programs,)](
-        words, sums, words.numel() // width, salt * reads, READS=PROGRAM_WORDS // width, WIDTH=width, num_warps=WARPS
-    )
+    launch(
+        random_read_kernel, programs, words, sums, words.numel() // width, salt * reads,
+        options=LaunchOptions(num_warps=WARPS), READS=PROGRAM_WORDS // width, WIDTH=width,
+    )  # fmt: skip
     return sums
 
 
