@@ -9,7 +9,7 @@ from dynamicemb.kernels.fill import fill
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import METADATA_BYTES_PER_SLOT, OptimizerKind, RowLayout, TableGeometry
-from dynamicemb.kernels.views import KeyBatch, UniqueKeys
+from dynamicemb.kernels.views import KeyBatch, Scores, ScoreSource, UniqueKeys
 from dynamicemb.table.initializers import initializer_view
 from dynamicemb.table.storage import Chunk, GroupStorage
 from gpu.tables import BUCKET_CAPACITY, INITIALIZER
@@ -69,7 +69,7 @@ class FullTable:
         while self._filled < total:
             count = min(self.step_keys, total - self._filled)
             unique = self.distinct(self.fresh(count))
-            self.find_or_insert(unique, self.scores(unique))
+            self.find_or_insert(unique, self.scores())
             self._filled += count
 
     def fresh(self, count: int) -> torch.Tensor:
@@ -92,21 +92,22 @@ class FullTable:
         return dedup(keys, self._tables(keys), 1, 1)
 
     def in_any_order(self, keys: torch.Tensor) -> KeyBatch:
-        return KeyBatch.of(keys, self._tables(keys))
+        return KeyBatch(keys, self._tables(keys))
 
     def _tables(self, keys: torch.Tensor) -> torch.Tensor:
         return torch.zeros(keys.numel(), dtype=torch.int32, device=self.device)
 
-    def scores(self, unique: UniqueKeys) -> torch.Tensor:
-        """int64 [U], greater than all before."""
+    def scores(self) -> Scores:
+        """Of a batch, greater than all before."""
         self._clock += 1
-        return torch.full_like(unique.keys, self._clock)
+        return Scores(torch.full((1,), self._clock, dtype=torch.int64, device=self.device), ScoreSource.TABLE)
 
-    def find_or_insert(self, unique: UniqueKeys, scores: torch.Tensor, rows: bool = False) -> torch.Tensor:
+    def find_or_insert(self, unique: UniqueKeys, scores: Scores, rows: bool = False) -> torch.Tensor:
         """Slots of the keys; absent ones are inserted, with their first row if ``rows``. Does not synchronise."""
         view = self.storage.view
-        slots = find(view, unique, scores)
-        insertion = insert(view, unique, slots, scores)
+        status = torch.empty(unique.keys.shape, dtype=torch.int8, device=self.device)
+        slots = find(view, unique, scores, status=status)
+        insertion = insert(view, unique, slots, scores, status)
         if rows:
             fill(view, unique, slots, insertion.status, self.initializer)
         return slots

@@ -15,7 +15,7 @@ from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, OptimizerKind, RowLayout, TableGeometry, table_bytes
 from dynamicemb.kernels.update import update
-from dynamicemb.kernels.views import UniqueKeys
+from dynamicemb.kernels.views import Scores, UniqueKeys
 from dynamicemb.table.optimizers import OptimizerConfig
 from dynamicemb.table.storage import GroupStorage
 from gpu import traffic
@@ -87,7 +87,7 @@ class Tables:
         for first in range(0, size.rows, size.ids_per_table):
             batch = self.source.every(first, min(size.ids_per_table, size.rows - first))
             unique = dedup(batch.ids, batch.tables, size.tables, 1)
-            scores = torch.ones_like(unique.keys)
+            scores = Scores(torch.ones_like(unique.keys))
             insert(self.storage.view, unique, find(self.storage.view, unique), scores)
         for chunks in self.storage.chunks:
             # Neither zeros, which can be faster, nor garbage, which may be no number; states may not be negative.

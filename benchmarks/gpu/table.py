@@ -102,7 +102,7 @@ def _check(table: FullTable, keys: Keys, load: float) -> None:
     if bool((find(view, keys.absent[0]) >= 0).any()):
         raise CheckError("a key was found that is not in the table")
     for batch in (keys.half[0], keys.absent[0]):
-        placed = table.find_or_insert(batch, table.scores(batch))
+        placed = table.find_or_insert(batch, table.scores())
         if bool((placed < 0).any()) or not torch.equal(chunk.keys[placed], batch.keys):
             raise CheckError("an inserted key is not in the slot it was given")
         table.restore()
@@ -114,8 +114,8 @@ def _operations(
     """Name, function, traffic, target, and whether the table changes, of everything measured at one load."""
     view, buckets, layout, count = table.storage.view, table.buckets, table.storage.layout, len(keys.there)
     unordered = [table.in_any_order(batch_keys) for batch_keys in keys.there]
-    half_scores = [table.scores(unique) for unique in keys.half]
-    absent_scores = [table.scores(unique) for unique in keys.absent]
+    half_scores = [table.scores() for _ in keys.half]
+    absent_scores = [table.scores() for _ in keys.absent]
     lines = traffic.touched_buckets(batch, buckets)
     evicted = 1.0 if load == 1 else 0.0
     find_all = traffic.find(batch, batch, load)

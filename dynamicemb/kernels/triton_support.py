@@ -12,17 +12,20 @@ import triton.language as tl
 from dynamicemb.kernels.hashing import GOLDEN_GAMMA, MIX_FACTOR_1, MIX_FACTOR_2
 from dynamicemb.kernels.launch import POINTER_ALIGNMENT
 from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS
-from dynamicemb.kernels.views import AddressRow, GeometryColumn
+from dynamicemb.kernels.views import AddressRow, GeometryColumn, ScoreSource
 
 __all__ = [
     "address_of", "aligned", "bucket_slot", "digest_of", "digest_pointers", "first_slot", "key_pointers",
-    "line_pointers", "mix", "owner_of", "score_pointers",
+    "line_pointers", "mix", "owner_of", "score_of", "score_pointers",
+    "table_of",
 ]  # fmt: skip
 
 _GAMMA = tl.constexpr(GOLDEN_GAMMA)
 _FACTOR_1 = tl.constexpr(MIX_FACTOR_1)
 _FACTOR_2 = tl.constexpr(MIX_FACTOR_2)
 _CHUNK_SHIFT = tl.constexpr(CHUNK_SHIFT)
+# MAX_CHUNKS is a power of two.
+_TABLE_SHIFT = tl.constexpr(CHUNK_SHIFT + MAX_CHUNKS.bit_length() - 1)
 _OFFSET_MASK = tl.constexpr((1 << CHUNK_SHIFT) - 1)
 _MAX_CHUNKS = tl.constexpr(MAX_CHUNKS)
 _GEOMETRY_COLUMNS = tl.constexpr(len(GeometryColumn))
@@ -32,6 +35,9 @@ _LEVELS = tl.constexpr(int(GeometryColumn.LEVELS))
 _DIGESTS = tl.constexpr(int(AddressRow.DIGESTS))
 _KEYS = tl.constexpr(int(AddressRow.KEYS))
 _SCORES = tl.constexpr(int(AddressRow.SCORES))
+_DIFFERENCE = tl.constexpr(int(ScoreSource.DIFFERENCE))
+_TABLE = tl.constexpr(int(ScoreSource.TABLE))
+_NEXT = tl.constexpr(int(ScoreSource.NEXT))
 
 
 @triton.jit
@@ -85,6 +91,12 @@ def address_of(addresses, chunks, slots, mask, KIND: tl.constexpr, BYTES: tl.con
 
 
 @triton.jit
+def table_of(slots):
+    """Number of the table that each slot belongs to; meaningless for negative slots."""
+    return slots >> _TABLE_SHIFT
+
+
+@triton.jit
 def digest_pointers(addresses, chunks, slots, mask):
     return address_of(addresses, chunks, slots, mask, _DIGESTS, 1).to(tl.pointer_type(tl.uint8))
 
@@ -106,6 +118,22 @@ def key_pointers(addresses, chunks, slots, mask):
 @triton.jit
 def score_pointers(addresses, chunks, slots, mask):
     return address_of(addresses, chunks, slots, mask, _SCORES, 8).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def score_of(numbers, source, entry, table, mask):
+    """int64, for int64 entries and tables; see :class:`~dynamicemb.kernels.views.ScoreSource`.
+
+    ``source`` is a number of the launch, so that all of them share their machine code: testing it costs nothing beside
+    the loads.
+    """
+    at = tl.where(source >= _TABLE, table, entry)
+    score = tl.load(numbers + at, mask=mask, other=0)
+    if source == _DIFFERENCE:
+        score = tl.load(numbers + at + 1, mask=mask, other=0) - score
+    if source == _NEXT:
+        score += 1
+    return score
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,10 @@ import torch
 
 from dynamicemb.kernels.layout import RowLayout
 
-__all__ = ["AddressRow", "GeometryColumn", "GroupView", "InitializerView", "KeyBatch", "KeyStatus", "UniqueKeys"]
+__all__ = [
+    "AddressRow", "GeometryColumn", "GroupView", "InitializerView", "KeyBatch", "KeyStatus", "ScoreSource", "Scores",
+    "UniqueKeys",
+]  # fmt: skip
 
 
 class AddressRow(enum.IntEnum):
@@ -74,17 +77,10 @@ class KeyBatch:
     Attributes:
         keys: int64 [N].
         tables: int32 [N], index of each key's table in the group.
-        count: int64 [1], the number N, on the device.
     """
 
     keys: torch.Tensor
     tables: torch.Tensor
-    count: torch.Tensor
-
-    @staticmethod
-    def of(keys: torch.Tensor, tables: torch.Tensor) -> KeyBatch:
-        """Does not synchronise."""
-        return KeyBatch(keys, tables, torch.full((1,), keys.numel(), dtype=torch.int64, device=keys.device))
 
 
 @dataclass(frozen=True)
@@ -120,6 +116,32 @@ class UniqueKeys:
         return dataclasses.replace(
             self, keys=self.keys[:count], tables=self.tables[:count], offsets=self.offsets[: count + 1]
         )
+
+
+class ScoreSource(enum.IntEnum):
+    """Which of :attr:`Scores.numbers` make the score of an entry of a batch."""
+
+    #: ``numbers[entry]``
+    ENTRY = 0
+    #: ``numbers[entry + 1] - numbers[entry]``
+    DIFFERENCE = 1
+    #: ``numbers[table]``, of the entry's table
+    TABLE = 2
+    #: ``numbers[table] + 1``
+    NEXT = 3
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The score of each entry of a batch, read where it is, so that no kernel has to write it out for each entry.
+
+    Attributes:
+        numbers: int64, as long as ``source`` needs it: [U], [U + 1] or [T].
+        source: how a score follows from them.
+    """
+
+    numbers: torch.Tensor
+    source: ScoreSource = ScoreSource.ENTRY
 
 
 @dataclass(frozen=True)

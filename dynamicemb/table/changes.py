@@ -215,4 +215,4 @@ class GroupChanges:
         distinct[1:] = keys[1:] != keys[:-1]
         keys = keys[distinct]
         tables = torch.full(keys.shape, table, dtype=torch.int32, device=keys.device)
-        return keys[find(self._storage.view, KeyBatch.of(keys, tables)) == NO_SLOT]
+        return keys[find(self._storage.view, KeyBatch(keys, tables)) == NO_SLOT]

@@ -16,7 +16,7 @@ import torch
 from dynamicemb.kernels.hashing import mix64, sortable
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, NO_SLOT, TableGeometry
-from dynamicemb.kernels.views import UniqueKeys
+from dynamicemb.kernels.views import Scores, UniqueKeys
 from dynamicemb.table.storage import Chunk, GroupStorage
 
 __all__ = ["SlotRun", "StoredRows", "TableContents"]
@@ -217,7 +217,7 @@ class TableContents:
             count=torch.full((1,), count, dtype=torch.int64, device=keys.device),
         )
         slots = torch.full_like(keys, NO_SLOT)
-        insert(self._storage.view, unique, slots, scores)
+        insert(self._storage.view, unique, slots, Scores(scores))
         assert int(slots.min()) >= 0, "a bucket has more keys than slots"
         layout = self._layout
         for places, offsets, chunk in self._by_chunk(slots):

@@ -25,7 +25,7 @@ from dynamicemb.kernels.layout import NO_SLOT
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.tally import tally
 from dynamicemb.kernels.update import HyperparameterColumn, update
-from dynamicemb.kernels.views import KeyBatch, KeyStatus, UniqueKeys
+from dynamicemb.kernels.views import KeyBatch, KeyStatus, Scores, ScoreSource, UniqueKeys
 from dynamicemb.options import DynamicEmbEvictStrategy
 from dynamicemb.table.changes import GroupChanges
 from dynamicemb.table.config import TableConfig
@@ -165,13 +165,13 @@ class TableGroup:
             OutOfMemoryError: a table must grow, and the device has no room for it. Nothing has changed.
         """
         unique = dedup(keys, tables, len(self.configs), self.world_size)
-        self._grow_for(unique, keys.numel())
-        self.clock += 1
+        self._grow_for(unique, [keys.numel()] * len(self.configs))
         scores = self._scores(unique, counts)
-        slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU)
-        insertion = insert(self.storage.view, unique, slots, scores)
+        status = torch.empty(unique.keys.shape, dtype=torch.int8, device=self.device)
+        slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU, status)
+        insertion = insert(self.storage.view, unique, slots, scores, status)
         fill(self.storage.view, unique, slots, insertion.status, self._initializer)
-        tally(unique, insertion.status, self._outcomes)
+        tally(unique, insertion.status, self._outcomes, self.clock)
         self.changes.looked_up(unique, slots, insertion)
         self._generation += 1
         rows = gather(self.storage.view, slots, unique.inverse)
@@ -187,7 +187,7 @@ class TableGroup:
         Returns:
             float32 [N, dim].
         """
-        slots = find(self.storage.view, KeyBatch.of(keys, tables))
+        slots = find(self.storage.view, KeyBatch(keys, tables))
         rows = gather(self.storage.view, slots)
         if self._missing_reads_as_zeros:
             return rows
@@ -238,22 +238,30 @@ class TableGroup:
                 self._trained_on_host[table] = takes_step
         return self._trained
 
-    def _scores(self, unique: UniqueKeys, counts: Optional[torch.Tensor]) -> torch.Tensor:
-        """int64 [U]: what a touched key's score becomes (LFU: grows by) and a new key's score begins with."""
-        if self.evict_strategy is DynamicEmbEvictStrategy.LFU:
-            return unique.offsets.diff() if counts is None else segment_sum(counts, unique)
-        source = self.clock if self.evict_strategy is DynamicEmbEvictStrategy.LRU else self.custom_scores
-        return source.index_select(0, unique.tables)
+    def _scores(self, unique: UniqueKeys, counts: Optional[torch.Tensor]) -> Scores:
+        """What a touched key's score becomes (LFU: grows by) and a new key's score begins with."""
+        if self.evict_strategy is DynamicEmbEvictStrategy.LRU:
+            return Scores(self.clock, ScoreSource.NEXT)
+        if self.evict_strategy is DynamicEmbEvictStrategy.CUSTOMIZED:
+            return Scores(self.custom_scores, ScoreSource.TABLE)
+        if counts is None:
+            return Scores(unique.offsets, ScoreSource.DIFFERENCE)
+        return Scores(segment_sum(counts, unique))
 
-    def _grow_for(self, unique: UniqueKeys, batch_size: int) -> None:
+    def _grow_for(self, unique: UniqueKeys, batch_sizes: Sequence[int]) -> None:
         """Doubles tables until the rows they hold and the batch's new keys stay within max_load_factor.
 
         Asks the device only when a table that may grow could have become too full since it was asked last.
+
+        Args:
+            unique: the batch.
+            batch_sizes: for each table how many of its keys the batch has at most.
         """
         suspects = []
-        for table, (config, size) in enumerate(zip(self.configs, self.storage.geometries, strict=True)):
-            self._size_bounds[table] += batch_size
-            if size.can_grow and self._size_bounds[table] > config.max_load_factor * size.slots:
+        for table in self.storage.growable:
+            self._size_bounds[table] += batch_sizes[table]
+            limit = self.configs[table].max_load_factor * self.storage.geometries[table].slots
+            if self._size_bounds[table] > limit:
                 suspects.append(table)
         if not suspects:
             return

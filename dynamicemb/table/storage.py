@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class GroupStorage:
         if world_size < 1:
             raise ConfigError(f"world_size={world_size} is not a number of ranks; use 1 or more")
         self.geometries = list(geometries)
+        #: Tables that may still double, in ascending order.
+        self.growable: list[int] = []
         self._names = [f"table '{name}'" for name in names] or [f"table {table}" for table in range(len(geometries))]
         self.layout = layout
         self.device = device
@@ -135,6 +138,8 @@ class GroupStorage:
         size = self.geometries[table]
         numbers = torch.tensor([size.max_buckets, size.shift, size.levels], dtype=torch.int64)
         self.view.geometry[table] = numbers.to(self.device)
+        if size.can_grow != (table in self.growable):
+            bisect.insort(self.growable, table) if size.can_grow else self.growable.remove(table)
 
     def double(self, table: int) -> None:
         """Adds a chunk as large as the table is now (less at the very end) and moves the entries that belong there.

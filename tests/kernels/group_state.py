@@ -16,7 +16,7 @@ from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import Insertion, insert
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
 from dynamicemb.kernels.update import WeightDecayMode, update
-from dynamicemb.kernels.views import AddressRow, InitializerView, KeyStatus, UniqueKeys
+from dynamicemb.kernels.views import AddressRow, InitializerView, KeyStatus, Scores, UniqueKeys
 from tests.kernels.memory import Chunk, GroupMemory
 from tests.kernels.triton_host import DEVICE, engine
 from tests.tolerances import ENGINE_ROWWISE_ATOL, ENGINE_ROWWISE_RTOL
@@ -111,11 +111,11 @@ class Twins:
         expected, actual = both_engines(dedup, keys, tables, count, world_size)
         assert_same_unique(expected, actual)
         batch = Batch(expected, actual, expected.keys, actual.keys)
-        given = None if scores is None else self._scores(batch, scores)
+        given = None if scores is None else Scores(self._scores(batch, scores))
         with engine("cpu"):
             batch.cpu_slots = find(self.cpu.view, expected, given, accumulate)
         with engine("triton"):
-            padded = None if given is None else batch.padded(given)
+            padded = None if given is None else Scores(batch.padded(given.numbers))
             batch.triton_slots = find(self.triton.view, actual, padded, accumulate)
         self._compare_slots(batch)
         self.compare()
@@ -128,10 +128,10 @@ class Twins:
         batch = self.lookup(keys, tables, scores, accumulate)
         given = self._scores(batch, scores)
         with engine("cpu"):
-            expected = insert(self.cpu.view, batch.cpu, batch.cpu_slots, given)
+            expected = insert(self.cpu.view, batch.cpu, batch.cpu_slots, Scores(given))
             fill(self.cpu.view, batch.cpu, batch.cpu_slots, expected.status, self.initializers)
         with engine("triton"):
-            actual = insert(self.triton.view, batch.triton, batch.triton_slots, batch.padded(given))
+            actual = insert(self.triton.view, batch.triton, batch.triton_slots, Scores(batch.padded(given)))
             fill(self.triton.view, batch.triton, batch.triton_slots, actual.status, on_device(self.initializers))
         assert torch.equal(actual.status[: batch.count].cpu(), expected.status)
         replaced = expected.status == KeyStatus.REPLACED

@@ -16,7 +16,7 @@ from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.update import update
-from dynamicemb.kernels.views import InitializerView, UniqueKeys
+from dynamicemb.kernels.views import InitializerView, Scores, ScoreSource, UniqueKeys
 from tests import oracle, oracle_values
 from tests.kernels.memory import GroupMemory
 
@@ -87,9 +87,11 @@ class PairedGroup:
         given = self._scores(wanted, unique, scores)
         device_scores = torch.zeros(len(unique.keys), dtype=torch.int64, device=self.device)
         device_scores[:count] = int64(given, self.device)
-        slots = find(self.memory.view, unique, device_scores, accumulate=self.policy == "lfu")
+        taken = self._as_taken(unique, device_scores)
+        status = torch.full((len(unique.keys),), -1, dtype=torch.int8, device=self.device)
+        slots = find(self.memory.view, unique, taken, self.policy == "lfu", status)
         assert slots[:count].tolist() == self._model_find(wanted, given)
-        insertion = insert(self.memory.view, unique, slots, device_scores)
+        insertion = insert(self.memory.view, unique, slots, taken, status)
         outcomes = self._model_insert(wanted, given)
         assert insertion.status[:count].tolist() == [outcome.status for outcome in outcomes]
         assert slots[:count].tolist() == [outcome.slot for outcome in outcomes]
@@ -153,6 +155,14 @@ class PairedGroup:
         ones = torch.ones(len(wanted.inverse), dtype=torch.int64, device=self.device)
         assert segment_sum(ones, unique)[:count].tolist() == occurrences
         return occurrences
+
+    def _as_taken(self, unique: UniqueKeys, scores: torch.Tensor) -> Scores:
+        """int64 [U] scores of the entries, from where a lookup reads them."""
+        tables = len(self.models)
+        if self.policy == "lru":
+            before = torch.full((tables,), self.clock - 1, dtype=torch.int64, device=self.device)
+            return Scores(before, ScoreSource.NEXT)
+        return Scores(unique.offsets, ScoreSource.DIFFERENCE) if self.policy == "lfu" else Scores(scores)
 
     def _entries(self, wanted: oracle.Distinct, table: int) -> list[int]:
         return [entry for entry, other in enumerate(wanted.tables) if other == table]

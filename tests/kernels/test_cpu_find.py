@@ -10,6 +10,7 @@ import torch
 
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
+from dynamicemb.kernels.views import Scores
 from dynamicemb.options import BUCKET_CAPACITIES
 from tests import oracle
 from tests.kernels.keys import EXTREME_KEYS, key_pool, random_key
@@ -84,7 +85,7 @@ def test_an_empty_table_has_no_keys() -> None:
 
 
 def test_an_empty_batch() -> None:
-    slots = find(group([filled_model(8, 4, 0, [1])]).view, distinct([]), int64([]))
+    slots = find(group([filled_model(8, 4, 0, [1])]).view, distinct([]), Scores(int64([])))
     assert slots.shape == (0,) and slots.dtype == torch.int64
 
 
@@ -127,7 +128,7 @@ def test_touching(accumulate: bool) -> None:
     memory = group([model])
     unique = distinct(keys[20:])
     scores = [generator.choice([1, 5, 2**40, -3]) for _ in range(60)]
-    slots = find(memory.view, unique, int64(scores), accumulate)
+    slots = find(memory.view, unique, Scores(int64(scores)), accumulate)
     assert slots.tolist() == model.find(unique.keys.tolist(), scores, accumulate)
     assert memory.occupied(0) == model.occupied()
     assert any(score in scores for _, _, score in model.occupied().values()) is not accumulate
@@ -136,14 +137,14 @@ def test_touching(accumulate: bool) -> None:
 def test_touching_absent_keys_changes_nothing() -> None:
     memory = group([filled_model(8, 4, 2, list(range(20)))])
     before = memory.snapshot()
-    find(memory.view, distinct(list(range(100, 150))), int64([9] * 50))
+    find(memory.view, distinct(list(range(100, 150))), Scores(int64([9] * 50)))
     assert not memory.changed_since(before)
 
 
 @pytest.mark.parametrize("score", [-(2**63), -1, 0, 2**63 - 1])
 def test_any_score_can_be_given(score: int) -> None:
     memory = group([filled_model(8, 1, 0, [77])])
-    find(memory.view, distinct([77]), int64([score]))
+    find(memory.view, distinct([77]), Scores(int64([score])))
     assert memory.occupied(0) == {0: (oracle.digest(77), 77, score)}
 
 
@@ -153,5 +154,5 @@ def test_a_long_batch_in_two_threads(two_threads: None) -> None:
     memory = group([model])
     unique = distinct(keys)
     scores = list(range(len(keys)))
-    assert find(memory.view, unique, int64(scores)).tolist() == model.find(unique.keys.tolist(), scores)
+    assert find(memory.view, unique, Scores(int64(scores))).tolist() == model.find(unique.keys.tolist(), scores)
     assert memory.occupied(0) == model.occupied()

@@ -11,7 +11,7 @@ from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import Insertion, insert
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
-from dynamicemb.kernels.views import KeyStatus, UniqueKeys
+from dynamicemb.kernels.views import KeyStatus, Scores, UniqueKeys
 from dynamicemb.options import BUCKET_CAPACITIES
 from tests import oracle, tolerances
 from tests.kernels.keys import STRUCTURED_KEYS, chi_square_sigmas
@@ -34,7 +34,7 @@ def one_bucket(capacity: int, scores: list[int]) -> tuple[GroupMemory, list[int]
 def insert_keys(memory: GroupMemory, keys: list[int], score: int = 0) -> tuple[UniqueKeys, torch.Tensor, Insertion]:
     unique = distinct(keys)
     slots = find(memory.view, unique)
-    return unique, slots, insert(memory.view, unique, slots, int64([score] * len(keys)))
+    return unique, slots, insert(memory.view, unique, slots, Scores(int64([score] * len(keys))))
 
 
 def in_order(keys: list[int]) -> list[int]:
@@ -174,7 +174,7 @@ def test_buckets_and_digests_are_balanced(name: str, world_size: int, rank: int)
     memory = GroupMemory([TableGeometry.create(buckets * 256, buckets * 256, 256)], LAYOUT, world_size)
     unique = distinct(keys.tolist(), world_size=world_size)
     slots = find(memory.view, unique)
-    insertion = insert(memory.view, unique, slots, torch.zeros_like(slots))
+    insertion = insert(memory.view, unique, slots, Scores(torch.zeros_like(slots)))
     assert insertion.status.tolist() == [INSERTED] * len(keys)
     per_bucket = torch.bincount(slots // 256, minlength=buckets)
     per_digest = torch.bincount(memory.chunks[0][0].digests.long(), minlength=256)[1:]

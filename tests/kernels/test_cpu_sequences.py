@@ -16,7 +16,7 @@ from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
-from dynamicemb.kernels.views import InitializerView, KeyStatus, UniqueKeys
+from dynamicemb.kernels.views import InitializerView, KeyStatus, Scores, UniqueKeys
 from tests import oracle
 from tests.exploring import examples
 from tests.kernels.keys import key_pool
@@ -166,7 +166,7 @@ def test_a_million_random_keys() -> None:
         unique = dedup(part, tables[: len(part)], 1, 1)
         slots = slots_of(unique)
         assert int(slots.max()) == -1
-        insertion = insert(memory.view, unique, slots, torch.zeros_like(slots))
+        insertion = insert(memory.view, unique, slots, Scores(torch.zeros_like(slots)))
         assert insertion.status.unique().tolist() == [KeyStatus.INSERTED]
         fill(memory.view, unique, slots, insertion.status, init)
     expected = initial_rows(keys, tables, init, 4, torch.float32)

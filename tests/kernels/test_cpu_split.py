@@ -10,7 +10,7 @@ import torch
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
-from dynamicemb.kernels.views import KeyStatus
+from dynamicemb.kernels.views import KeyStatus, Scores
 from dynamicemb.options import BUCKET_CAPACITIES
 from tests import oracle
 from tests.kernels.keys import key_pool
@@ -58,7 +58,7 @@ def test_rows_move_with_every_byte_of_their_state(dim: int, kind: OptimizerKind,
     chunk.rows.random_(0, 256, generator=generator)
     unique = distinct(list(range(50)))
     slots = find(memory.view, unique)
-    insertion = insert(memory.view, unique, slots, int64(range(len(slots))))
+    insertion = insert(memory.view, unique, slots, Scores(int64(range(len(slots)))))
     placed = insertion.status != KeyStatus.REFUSED
     rows = memory.row_bytes(slots)
     for _ in range(2):

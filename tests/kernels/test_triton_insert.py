@@ -17,7 +17,7 @@ from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import NO_SLOT, OptimizerKind, RowLayout, TableGeometry
-from dynamicemb.kernels.views import KeyStatus
+from dynamicemb.kernels.views import KeyStatus, Scores
 from tests.kernels.group_state import Twins, on_device
 from tests.kernels.keys import random_key
 from tests.kernels.triton_host import MARKS, engine
@@ -43,7 +43,7 @@ def fill(pair: Twins, keys: torch.Tensor, tables: torch.Tensor, scores: torch.Te
     with engine("cpu"):
         unique = dedup(keys, tables, len(pair.cpu.geometries), 1)
         scores = scores.repeat(-(-keys.numel() // scores.numel()))[: keys.numel()].contiguous()
-        insert(pair.cpu.view, unique, find(pair.cpu.view, unique), scores)
+        insert(pair.cpu.view, unique, find(pair.cpu.view, unique), Scores(scores))
     for ours, theirs in zip(pair.cpu.chunks, pair.triton.chunks, strict=True):
         for chunk, copy in zip(ours, theirs, strict=True):
             for part, copied in zip(chunk.parts, copy.parts, strict=True):
@@ -69,9 +69,9 @@ def insert_on_both(
             on_device(unique), keys=padded(unique.keys, padding), tables=padded(unique.tables, padding)
         )
         there_slots, there_scores = padded(slots, padding), padded(scores, padding)
-        expected = insert(pair.cpu.view, unique, slots, scores)
+        expected = insert(pair.cpu.view, unique, slots, Scores(scores))
     with engine("triton"):
-        actual = insert(pair.triton.view, there, there_slots, there_scores)
+        actual = insert(pair.triton.view, there, there_slots, Scores(there_scores))
     assert torch.equal(actual.status[:count].cpu(), expected.status)
     assert torch.equal(there_slots.cpu(), torch.cat([slots, torch.full((padding,), NO_SLOT)]))
     replaced = expected.status == KeyStatus.REPLACED

@@ -15,3 +15,8 @@ pytestmark = MARKS
 def test_every_key_counts_once(size: int, tables: int) -> None:
     with engine("triton"):
         assert_tallied(size, tables, DEVICE)
+
+
+def test_more_clocks_than_are_advanced_together() -> None:
+    with engine("triton"):
+        assert_tallied(1, 1025, DEVICE)

@@ -17,7 +17,16 @@ from dynamicemb.kernels.numba_support import (
     parallel_for,
     prefetch,
 )
-from dynamicemb.kernels.views import AddressRow, GeometryColumn, GroupView, KeyBatch, UniqueKeys
+from dynamicemb.kernels.views import (
+    AddressRow,
+    GeometryColumn,
+    GroupView,
+    KeyBatch,
+    KeyStatus,
+    Scores,
+    ScoreSource,
+    UniqueKeys,
+)
 
 _DIGESTS, _KEYS, _SCORES = np.int64(AddressRow.DIGESTS), np.int64(AddressRow.KEYS), np.int64(AddressRow.SCORES)
 _MAX_BUCKETS, _SHIFT, _LEVELS = (
@@ -27,9 +36,13 @@ _MAX_BUCKETS, _SHIFT, _LEVELS = (
 )
 _MAX_CHUNKS = np.int64(MAX_CHUNKS)
 _NO_SLOT = np.int64(NO_SLOT)
+_FOUND = np.int8(KeyStatus.FOUND)
+_ENTRY, _DIFFERENCE = np.int64(ScoreSource.ENTRY), np.int64(ScoreSource.DIFFERENCE)
+_NEXT = np.int64(ScoreSource.NEXT)
 _EVERY_BYTE, _LOW_7_BITS = np.uint64(0x0101010101010101), np.uint64(0x7F7F7F7F7F7F7F7F)
 _0, _8 = np.uint64(0), np.uint64(8)
 _CHUNK_SHIFT = np.int64(CHUNK_SHIFT)
+_NO_STATUS = np.empty(0, np.int8)
 # Keys of a block: more than a core has memory accesses under way.
 _BLOCK = 32
 
@@ -60,8 +73,23 @@ def first_match(digests, pattern, slot, capacity):
     return _NO_SLOT
 
 
+@inline
+def score_of(numbers, source, entry, table):
+    """See :class:`~dynamicemb.kernels.views.ScoreSource`."""
+    if source == _ENTRY:
+        return numbers[entry]
+    if source == _DIFFERENCE:
+        return numbers[entry + 1] - numbers[entry]
+    if source == _NEXT:
+        return numbers[table] + 1
+    return numbers[table]
+
+
 @kernel
-def _find(start, stop, addresses, geometry, capacity, world_size, keys, tables, scores, touch, accumulate, slots):
+def _find(
+    start, stop, addresses, geometry, capacity, world_size, keys, tables, scores, source, touch, accumulate, slots,
+    status,
+):  # fmt: skip
     """In blocks, and each block in three rounds, so that a round's random accesses are under way all at once."""
     chunks, firsts = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.int64)
     candidates, patterns = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.uint64)
@@ -92,20 +120,28 @@ def _find(start, stop, addresses, geometry, capacity, world_size, keys, tables, 
             slots[block + i] = (at << _CHUNK_SHIFT) | (firsts[i] + slot)
             if touch:
                 stored = as_int64(addresses[_SCORES, at] + firsts[i] * 8)
+                score = score_of(scores, source, block + i, tables[block + i])
                 if accumulate:
-                    stored[slot] += scores[block + i]
+                    stored[slot] += score
                 else:
-                    stored[slot] = scores[block + i]
+                    stored[slot] = score
+                if status.size > 0:
+                    status[block + i] = _FOUND
 
 
 def find(
-    view: GroupView, batch: Union[UniqueKeys, KeyBatch], scores: Optional[torch.Tensor], accumulate: bool
+    view: GroupView,
+    batch: Union[UniqueKeys, KeyBatch],
+    scores: Optional[Scores],
+    accumulate: bool,
+    status: Optional[torch.Tensor],
 ) -> torch.Tensor:
     slots = torch.empty_like(batch.keys)
-    given = batch.keys if scores is None else scores
+    given = Scores(batch.keys) if scores is None else scores
     parallel_for(
         _find, batch.keys.numel(), view.addresses.numpy(), view.geometry.numpy(), np.int64(view.bucket_capacity),
-        np.uint64(view.world_size), batch.keys.numpy(), batch.tables.numpy(), given.numpy(), scores is not None,
-        accumulate, slots.numpy(),
+        np.uint64(view.world_size), batch.keys.numpy(), batch.tables.numpy(), given.numbers.numpy(),
+        np.int64(given.source), scores is not None, accumulate, slots.numpy(),
+        _NO_STATUS if status is None else status.numpy(),
     )  # fmt: skip
     return slots

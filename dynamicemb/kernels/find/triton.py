@@ -24,11 +24,16 @@ from dynamicemb.kernels.triton_support import (
     digest_pointers,
     key_pointers,
     mix,
+    score_of,
     score_pointers,
+    table_of,
 )
-from dynamicemb.kernels.views import GroupView, KeyBatch, UniqueKeys
+from dynamicemb.kernels.views import GroupView, KeyBatch, KeyStatus, Scores, UniqueKeys
 
 _NO_SLOT = tl.constexpr(NO_SLOT)
+_FOUND = tl.constexpr(int(KeyStatus.FOUND))
+#: Instead of the number of keys, where only the device knows it.
+_COUNTED = tl.constexpr(-1)
 
 # Digests of a piece at most.
 _PIECE = 16
@@ -46,12 +51,14 @@ def _zero_bytes(word):
     return (((others ^ 0xFFFFFFFF) * 0x00204081) >> 28).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["chunks", "world_size"])
+@triton.jit(do_not_specialize=["source", "total", "chunks", "world_size"])
 def _find_kernel(
-    addresses, geometry, count, keys, tables, scores, slots, chunks, world_size, CAPACITY: tl.constexpr,
-    TILE: tl.constexpr, PIECE: tl.constexpr, TOUCH: tl.constexpr, ACCUMULATE: tl.constexpr,
+    addresses, geometry, count, keys, tables, scores, slots, status, source, total, chunks, world_size,
+    CAPACITY: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr, TOUCH: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    entries = tl.load(count)
+    entries = total.to(tl.int64)
+    if total == _COUNTED:
+        entries = tl.load(count)
     pieces = tl.zeros([TILE, 1], tl.int32) + tl.arange(0, CAPACITY // PIECE)[None, :]
     first = tl.program_id(0).to(tl.int64) * TILE
     while first < entries:
@@ -85,7 +92,8 @@ def _find_kernel(
         tl.store(slots + entry, tl.where(found, bucket + place, _NO_SLOT), mask=speaker)
         if TOUCH:
             touches = speaker & found
-            score = tl.load(scores + entry, mask=touches, other=0)
+            tl.store(status + entry, tl.full([TILE, CAPACITY // PIECE], _FOUND, tl.int8), mask=touches)
+            score = score_of(scores, source, entry, table_of(bucket), touches)
             touched = score_pointers(addresses, chunks, bucket + place, touches)
             if ACCUMULATE:
                 score += tl.load(touched, mask=touches, other=0)
@@ -94,16 +102,25 @@ def _find_kernel(
 
 
 def find(
-    view: GroupView, batch: Union[UniqueKeys, KeyBatch], scores: Optional[torch.Tensor], accumulate: bool
+    view: GroupView,
+    batch: Union[UniqueKeys, KeyBatch],
+    scores: Optional[Scores],
+    accumulate: bool,
+    status: Optional[torch.Tensor],
 ) -> torch.Tensor:
     keys = aligned(batch.keys)
     slots = torch.empty_like(keys)
     piece = min(view.bucket_capacity, _PIECE)
     tile = _PIECES_PER_PROGRAM * piece // view.bucket_capacity
     programs = grid_stride_programs(triton.cdiv(keys.numel(), tile), keys, _OPTIONS)
+    # Stand for what is not there.
+    count, total = (batch.count, -1) if isinstance(batch, UniqueKeys) else (keys, keys.numel())
+    given = Scores(keys) if scores is None else scores
+    if status is None:
+        status = torch.empty(keys.shape, dtype=torch.int8, device=keys.device)
     launch(
-        _find_kernel, programs, view.addresses, view.geometry, batch.count, keys, aligned(batch.tables),
-        slots if scores is None else aligned(scores), slots, view.addresses.shape[1], view.world_size,
+        _find_kernel, programs, view.addresses, view.geometry, count, keys, aligned(batch.tables),
+        aligned(given.numbers), slots, status, int(given.source), total, view.addresses.shape[1], view.world_size,
         CAPACITY=view.bucket_capacity, TILE=tile, PIECE=piece, TOUCH=scores is not None, ACCUMULATE=accumulate,
         options=_OPTIONS,
     )  # fmt: skip

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 
 from dynamicemb.kernels.engine import implementation
-from dynamicemb.kernels.views import GroupView, UniqueKeys
+from dynamicemb.kernels.views import GroupView, Scores, UniqueKeys
 
 __all__ = ["Insertion", "insert"]
 
@@ -27,7 +28,13 @@ class Insertion:
     evicted_scores: torch.Tensor
 
 
-def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: torch.Tensor) -> Insertion:
+def insert(
+    view: GroupView,
+    unique: UniqueKeys,
+    slots: torch.Tensor,
+    scores: Scores,
+    status: Optional[torch.Tensor] = None,
+) -> Insertion:
     """Gives each absent key a slot of its bucket, if it can.
 
     The absent keys of a bucket, in their order in ``unique``, take its empty slots in ascending order, then the slots
@@ -39,9 +46,11 @@ def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: tor
         unique: distinct keys that this rank owns.
         slots: int64 [U], as :func:`~dynamicemb.kernels.find.find` returned them for ``unique``; changed in place: an
             absent key gets its new slot, or stays −1 if it is refused.
-        scores: int64 [U], score that a placed key begins with.
+        scores: that placed keys begin with.
+        status: int8 [U], as :func:`~dynamicemb.kernels.find.find` left it; what became of absent keys is added. None:
+            all that have a slot were found.
 
     Returns:
         :class:`Insertion`; undefined past ``unique.count``. Does not synchronise.
     """
-    return implementation(__name__, view.device).insert(view, unique, slots, scores)
+    return implementation(__name__, view.device).insert(view, unique, slots, scores, status)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import numpy as np
 import torch
 
-from dynamicemb.kernels.find.cpu import bucket_place
+from dynamicemb.kernels.find.cpu import bucket_place, score_of
 from dynamicemb.kernels.hashing.cpu import digest_of, mix, offset_of, slot_handle
 from dynamicemb.kernels.insert import Insertion
 from dynamicemb.kernels.layout import MAX_CHUNKS, NO_SLOT
 from dynamicemb.kernels.numba_support import as_bytes, as_int64, inline, kernel, parallel_for
-from dynamicemb.kernels.views import AddressRow, GroupView, KeyStatus, UniqueKeys
+from dynamicemb.kernels.views import AddressRow, GroupView, KeyStatus, Scores, UniqueKeys
 
 _DIGESTS, _KEYS, _SCORES = np.int64(AddressRow.DIGESTS), np.int64(AddressRow.KEYS), np.int64(AddressRow.SCORES)
-_FOUND, _INSERTED = np.int8(KeyStatus.FOUND), np.int8(KeyStatus.INSERTED)
-_REPLACED, _REFUSED = np.int8(KeyStatus.REPLACED), np.int8(KeyStatus.REFUSED)
+_INSERTED, _REPLACED = np.int8(KeyStatus.INSERTED), np.int8(KeyStatus.REPLACED)
+_REFUSED = np.int8(KeyStatus.REFUSED)
 _MAX_CHUNKS = np.int64(MAX_CHUNKS)
 _NO_SLOT = np.int64(NO_SLOT)
 
@@ -46,8 +48,8 @@ def _same_bucket(addresses, geometry, world_size, keys, tables, u, v):
 
 @inline
 def _insert_bucket(
-    first_key, last_key, addresses, geometry, capacity, world_size, keys, tables, scores, slots, status, touched,
-    evicted_keys, evicted_scores,
+    first_key, last_key, addresses, geometry, capacity, world_size, keys, tables, scores, source, slots, status,
+    touched, evicted_keys, evicted_scores,
 ):  # fmt: skip
     """Places what is missing of the keys from ``first_key`` to ``last_key``, all that the batch has of one bucket."""
     table = np.int64(tables[first_key])
@@ -63,7 +65,6 @@ def _insert_bucket(
             touched[offset_of(slots[v]) - first] = True
     for v in range(first_key, last_key):
         if slots[v] != _NO_SLOT:
-            status[v] = _FOUND
             continue
         slot, empty = _free_slot(digests, keys_here, scores_here, touched, capacity)
         if slot == _NO_SLOT:
@@ -78,14 +79,14 @@ def _insert_bucket(
         touched[slot] = True
         digests[slot] = digest_of(mix(keys[v]))
         keys_here[slot] = keys[v]
-        scores_here[slot] = scores[v]
+        scores_here[slot] = score_of(scores, source, v, table)
         slots[v] = slot_handle(table, chunk, first + slot)
 
 
 @kernel
 def _insert(
-    start, stop, addresses, geometry, capacity, world_size, keys, tables, scores, slots, status, evicted_keys,
-    evicted_scores,
+    start, stop, addresses, geometry, capacity, world_size, keys, tables, scores, source, slots, status,
+    evicted_keys, evicted_scores,
 ):  # fmt: skip
     touched = np.empty(capacity, np.bool_)
     # A bucket belongs to the range in which its first key lies: whole buckets from here on.
@@ -96,7 +97,6 @@ def _insert(
     u = start
     while u < stop:
         if slots[u] != _NO_SLOT:  # nearly all, in steady state: their buckets are not even looked at
-            status[u] = _FOUND
             u += 1
             continue
         first, last = u, u + 1
@@ -105,18 +105,21 @@ def _insert(
         while last < stop and _same_bucket(addresses, geometry, world_size, keys, tables, last - 1, last):
             last += 1
         _insert_bucket(
-            first, last, addresses, geometry, capacity, world_size, keys, tables, scores, slots, status, touched,
-            evicted_keys, evicted_scores,
+            first, last, addresses, geometry, capacity, world_size, keys, tables, scores, source, slots, status,
+            touched, evicted_keys, evicted_scores,
         )  # fmt: skip
         u = last
 
 
-def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: torch.Tensor) -> Insertion:
-    status = torch.empty(slots.numel(), dtype=torch.int8)
+def insert(
+    view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: Scores, status: Optional[torch.Tensor]
+) -> Insertion:
+    if status is None:
+        status = torch.zeros(slots.numel(), dtype=torch.int8)  # FOUND
     evicted_keys, evicted_scores = torch.empty_like(slots), torch.empty_like(slots)
     parallel_for(
         _insert, slots.numel(), view.addresses.numpy(), view.geometry.numpy(), np.int64(view.bucket_capacity),
-        np.uint64(view.world_size), unique.keys.numpy(), unique.tables.numpy(), scores.numpy(), slots.numpy(),
-        status.numpy(), evicted_keys.numpy(), evicted_scores.numpy(),
+        np.uint64(view.world_size), unique.keys.numpy(), unique.tables.numpy(), scores.numbers.numpy(),
+        np.int64(scores.source), slots.numpy(), status.numpy(), evicted_keys.numpy(), evicted_scores.numpy(),
     )  # fmt: skip
     return Insertion(status, evicted_keys, evicted_scores)

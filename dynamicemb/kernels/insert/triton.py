@@ -15,6 +15,8 @@ program wrote is read again. Places that it filled are blocked, and what memory 
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
@@ -29,9 +31,11 @@ from dynamicemb.kernels.triton_support import (
     key_pointers,
     line_pointers,
     mix,
+    score_of,
     score_pointers,
+    table_of,
 )
-from dynamicemb.kernels.views import GroupView, KeyStatus, UniqueKeys
+from dynamicemb.kernels.views import GroupView, KeyStatus, Scores, UniqueKeys
 
 _INSERTED = tl.constexpr(int(KeyStatus.INSERTED))
 _REPLACED = tl.constexpr(int(KeyStatus.REPLACED))
@@ -228,7 +232,7 @@ def _place_keys(
 
 @triton.jit
 def _serve_tile(
-    addresses, geometry, keys, tables, scores, slots, status, evicted_keys, evicted_scores, at, left, chunks,
+    addresses, geometry, keys, tables, scores, slots, status, evicted_keys, evicted_scores, at, left, source, chunks,
     world_size, CAPACITY: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Inserts what is missing of buckets whose head is one of ``TILE`` entries from ``at``, ``left`` before the end."""
@@ -282,21 +286,20 @@ def _serve_tile(
             evicted_key = tl.load(key_at, mask=replaced, other=0)
             evicted_score = tl.load(score_at, mask=replaced, other=0)
             key = tl.load(keys + entry, mask=taken, other=0)
-            score = tl.load(scores + entry, mask=taken, other=0)
             tl.store(evicted_keys + entry, evicted_key, mask=replaced)
             tl.store(evicted_scores + entry, evicted_score, mask=replaced)
             tl.store(digest_at, digest_of(mix(key)), mask=taken)
             tl.store(key_at, key, mask=taken)
-            tl.store(score_at, score, mask=taken)
+            tl.store(score_at, score_of(scores, source, entry, table_of(slot), taken), mask=taken)
             tl.store(slots + entry, slot, mask=taken)
             outcome = tl.where(taken, tl.where(replaced, _REPLACED, _INSERTED), _REFUSED)
             tl.store(status + entry, outcome.to(tl.int8), mask=chosen != _NOT_MISSING)
 
 
-@triton.jit(do_not_specialize=["chunks", "world_size"])
+@triton.jit(do_not_specialize=["source", "chunks", "world_size"])
 def _insert_kernel(
-    addresses, geometry, count, keys, tables, scores, slots, status, evicted_keys, evicted_scores, chunks, world_size,
-    CAPACITY: tl.constexpr, LOOK: tl.constexpr, ROWS: tl.constexpr,
+    addresses, geometry, count, keys, tables, scores, slots, status, evicted_keys, evicted_scores, source, chunks,
+    world_size, CAPACITY: tl.constexpr, LOOK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = LOOK - CAPACITY
     ahead = tl.arange(0, LOOK)
@@ -309,22 +312,25 @@ def _insert_kernel(
         if tl.max((slot < 0).to(tl.int32), axis=0) > 0:
             _serve_tile(
                 addresses, geometry, keys, tables, scores, slots, status, evicted_keys, evicted_scores, begin,
-                left, chunks, world_size, CAPACITY, ROWS, TILE,
+                left, source, chunks, world_size, CAPACITY, ROWS, TILE,
             )  # fmt: skip
         begin += tl.num_programs(0).to(tl.int64) * TILE
         left = tl.minimum(tl.load(count) - begin, 2**30).to(tl.int32)
 
 
-def insert(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: torch.Tensor) -> Insertion:
+def insert(
+    view: GroupView, unique: UniqueKeys, slots: torch.Tensor, scores: Scores, status: Optional[torch.Tensor]
+) -> Insertion:
     entries, capacity = slots.numel(), view.bucket_capacity
-    # FOUND is 0: the kernel has nothing to do for a key that is there.
-    status = torch.zeros(entries, dtype=torch.int8, device=slots.device)
+    if status is None:  # the kernel has nothing to do for a key that is there
+        status = torch.zeros(entries, dtype=torch.int8, device=slots.device)  # FOUND
     evicted_keys, evicted_scores = torch.empty_like(slots), torch.empty_like(slots)
     look = max(_LOOK, 2 * capacity)
     programs = grid_stride_programs(triton.cdiv(entries, look - capacity), slots, _OPTIONS)
     launch(
         _insert_kernel, programs, view.addresses, view.geometry, unique.count, unique.keys, unique.tables,
-        aligned(scores), slots, status, evicted_keys, evicted_scores, view.addresses.shape[1], view.world_size,
-        CAPACITY=capacity, LOOK=look, ROWS=min(32, _SLOTS_OF_ROWS // capacity), options=_OPTIONS,
+        aligned(scores.numbers), slots, status, evicted_keys, evicted_scores, int(scores.source),
+        view.addresses.shape[1], view.world_size, CAPACITY=capacity, LOOK=look,
+        ROWS=min(32, _SLOTS_OF_ROWS // capacity), options=_OPTIONS,
     )  # fmt: skip
     return Insertion(status, evicted_keys, evicted_scores)

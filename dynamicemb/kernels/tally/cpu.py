@@ -9,10 +9,12 @@ from dynamicemb.kernels.views import UniqueKeys
 
 
 @kernel
-def _tally(tables, status, outcomes):
+def _tally(tables, status, outcomes, clock):
     for entry in range(status.size):
         outcomes[tables[entry], status[entry]] += 1
+    for table in range(clock.size):
+        clock[table] += 1
 
 
-def tally(unique: UniqueKeys, status: torch.Tensor, outcomes: torch.Tensor) -> None:
-    _tally(unique.tables.numpy(), status.numpy(), outcomes.numpy())
+def tally(unique: UniqueKeys, status: torch.Tensor, outcomes: torch.Tensor, clock: torch.Tensor) -> None:
+    _tally(unique.tables.numpy(), status.numpy(), outcomes.numpy(), clock.numpy())

@@ -1,7 +1,8 @@
 """Tallies on the GPU: keys are in the order of their tables, so a program meets one table, rarely two or more.
 
 The additions to the counters are atomic. They are whole numbers, so their order changes nothing; and a program adds at
-most four of them for each table that it meets, so few ever wait for each other.
+most four of them for each table that it meets, so few ever wait for each other. The first program, which there is for
+an empty batch too, advances the clocks.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ _TILE = 1024
 _KINDS = tl.constexpr(len(KeyStatus))
 
 
-@triton.jit
-def _tally_kernel(count, tables, status, outcomes, TILE: tl.constexpr):
+@triton.jit(do_not_specialize=["num_tables"])
+def _tally_kernel(count, tables, status, outcomes, clock, num_tables, TILE: tl.constexpr):
     entries = tl.load(count)
     first = tl.program_id(0).to(tl.int64) * TILE
+    if first == 0:
+        for begin in range(0, num_tables, TILE):
+            of_table = begin + tl.arange(0, TILE)
+            clocks = tl.load(clock + of_table, mask=of_table < num_tables, other=0)
+            tl.store(clock + of_table, clocks + 1, mask=of_table < num_tables)
     if first >= entries:
         return
     entry = first + tl.arange(0, TILE)
@@ -38,5 +44,8 @@ def _tally_kernel(count, tables, status, outcomes, TILE: tl.constexpr):
         table += 1
 
 
-def tally(unique: UniqueKeys, status: torch.Tensor, outcomes: torch.Tensor) -> None:
-    launch(_tally_kernel, triton.cdiv(status.numel(), _TILE), unique.count, unique.tables, status, outcomes, TILE=_TILE)
+def tally(unique: UniqueKeys, status: torch.Tensor, outcomes: torch.Tensor, clock: torch.Tensor) -> None:
+    launch(
+        _tally_kernel, max(1, triton.cdiv(status.numel(), _TILE)), unique.count, unique.tables, status, outcomes,
+        clock, clock.numel(), TILE=_TILE,
+    )  # fmt: skip
