@@ -97,5 +97,5 @@ def _unique_ids(
     tables = torch.repeat_interleave(
         torch.arange(len(features_by_table), dtype=torch.int32), torch.tensor(table_lengths)
     )
-    unique = dedup(features.values().long(), tables, len(features_by_table), 1)
+    unique = dedup(features.values().long(), tables, len(features_by_table), 1, [table_lengths])
     return unique, first_features, torch.bincount(unique.tables, minlength=len(features_by_table))

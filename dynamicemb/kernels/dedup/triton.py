@@ -4,11 +4,17 @@ A prefix is monotone in (owner, table, mixed key), and no two pairs of owner and
 prefixes are a *run*: nearly always one key and its duplicates. The first pass compares neighbours, the second puts in
 order those runs that hold different keys after all, the third numbers the entries and writes them.
 
+All tables are sorted together, also where they arrive one after the other: a step takes as long for one of them as for
+all.
+
 Nothing waits for the device: results have the length of the batch, and the number of distinct keys stays in memory.
 Nothing is atomic: what a program writes, no other program of the same launch reads or writes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import triton
@@ -297,7 +303,13 @@ def _sorted_prefixes(
     return ascending.values, ascending.indices
 
 
-def dedup(keys: torch.Tensor, tables: torch.Tensor, num_tables: int, world_size: int) -> UniqueKeys:
+def dedup(
+    keys: torch.Tensor,
+    tables: torch.Tensor,
+    num_tables: int,
+    world_size: int,
+    lengths_by_table: Optional[Sequence[Sequence[int]]],
+) -> UniqueKeys:
     keys, tables = aligned(keys), aligned(tables)
     n, device = keys.numel(), keys.device
     unique_keys, unique_tables, inverse = torch.empty_like(keys), torch.empty_like(tables), torch.empty_like(keys)
