@@ -163,7 +163,7 @@ def _run_update(tables: Tables, lookup: Lookup, gradient: torch.Tensor, optimize
 def _hyperparameters(tables: Tables, optimizer: OptimizerConfig) -> tuple[torch.Tensor, torch.Tensor]:
     count, device = tables.size.tables, tables.storage.device
     numbers = torch.tensor([optimizer.hyperparameters()] * count, dtype=torch.float64, device=device)
-    return numbers, torch.ones(count, dtype=torch.int64, device=device)
+    return numbers, torch.zeros(count, dtype=torch.int64, device=device)
 
 
 def _percent(context: Context, name: str, seconds: list[float], work: Traffic, reason: str) -> Figure:

@@ -216,15 +216,12 @@ class TableGroup:
             found = find(self.storage.view, lookup.unique)
             # A key that was refused read as zeros: its gradient is not that of a row that it may have by now.
             slots = torch.where(slots == NO_SLOT, slots, found)
-        if trained is None:
-            self.steps += 1
-        else:
-            takes_step = self._on_device(trained)
-            self.steps += takes_step
+        takes_step = None if trained is None else self._on_device(trained)
+        if takes_step is not None:
             slots = torch.where(takes_step.index_select(0, lookup.unique.tables), slots, NO_SLOT)
         update(
             self.storage.view, lookup.unique, slots, gradients.contiguous(), self.hyperparameters, self.steps,
-            self._weight_decay_mode,
+            self._weight_decay_mode, takes_step,
         )  # fmt: skip
         self.changes.updated(lookup.number, lookup.unique, slots)
 

@@ -160,12 +160,13 @@ class Twins:
         steps: torch.Tensor,
         mode: WeightDecayMode = WeightDecayMode.NONE,
     ) -> None:
-        """One optimizer step; afterwards both memories hold the CPU engine's rows."""
-        numbers = (gradients, hyperparameters, steps)
+        """One optimizer step, counted in ``steps``; afterwards both memories hold the CPU engine's rows."""
+        on_triton, before = [on_device(number) for number in (gradients, hyperparameters, steps)], steps.clone()
         with engine("cpu"):
-            update(self.cpu.view, batch.cpu, batch.cpu_slots, *numbers, mode)
+            update(self.cpu.view, batch.cpu, batch.cpu_slots, gradients, hyperparameters, steps, mode)
         with engine("triton"):
-            update(self.triton.view, batch.triton, batch.triton_slots, *map(on_device, numbers), mode)
+            update(self.triton.view, batch.triton, batch.triton_slots, *on_triton, mode)
+        assert torch.equal(steps, before + 1) and torch.equal(on_triton[2].cpu(), steps)
         if self.layout.optimizer is not OptimizerKind.ROWWISE_ADAGRAD:
             self.compare()  # the same correctly rounded operations in the same order
             return

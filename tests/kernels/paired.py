@@ -215,8 +215,9 @@ class PairedGroup:
         gradients = ((np.arange(batch * 4).reshape(batch, 4) + self.clock) % 7 - 3).astype(np.float32)
         hyperparameters = torch.zeros(tables, 5, dtype=torch.float64, device=self.device)
         hyperparameters[:, 0] = LEARNING_RATE
-        steps = torch.full((tables,), self.clock, dtype=torch.int64, device=self.device)
+        steps = torch.full((tables,), self.clock - 1, dtype=torch.int64, device=self.device)
         update(self.memory.view, unique, slots, torch.from_numpy(gradients).to(self.device), hyperparameters, steps)
+        assert steps.tolist() == [self.clock] * tables
         sums = np.zeros((len(wanted.keys), 4), np.float32)
         np.add.at(sums, wanted.inverse, gradients)
         for entry, (table, key) in enumerate(zip(wanted.tables, wanted.keys)):

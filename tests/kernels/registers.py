@@ -39,6 +39,7 @@ CEILINGS = {
     "_tally_kernel": Ceiling(40, "eight keys for each thread, and four sums"),
     "_gather_kernel": Ceiling(40, "64 bytes of rows under way in each thread, and their addresses"),
     "_block_sums_kernel": Ceiling(20, "as for _sum_rows_kernel"),
+    "_begin_update_kernel": Ceiling(20, "as for _block_sums_kernel, which it does besides counting"),
     "_update_kernel": Ceiling(16, "as for _sum_rows_kernel"),
     "_initial_rows_kernel": Ceiling(16, "as for _fill_kernel, without slots and states"),
     "_split_kernel": Ceiling(48, "copies"),

@@ -60,6 +60,7 @@ STEP_OF_WARPS = 4
 ROW_TRAFFIC = {
     "_gather_kernel": (1, 1),
     "_block_sums_kernel": (1, 1),
+    "_begin_update_kernel": (1, 1),
     "_sum_rows_kernel": (1, 1),
     "_update_kernel": (2, 1),
     "_fill_kernel": (0, 1),
@@ -179,7 +180,7 @@ def test_rows_move_128_bits_at_a_time(kernel: str) -> None:
             assert moved * threads >= tiles * tile_bytes, f"{launch}: {accesses}"
 
 
-@pytest.mark.parametrize("kernel", ["_fill_kernel", "_initial_rows_kernel", "_update_kernel"])
+@pytest.mark.parametrize("kernel", ["_fill_kernel", "_initial_rows_kernel", "_begin_update_kernel", "_update_kernel"])
 def test_arithmetic_is_not_fused(kernel: str) -> None:
     """A fused multiply-add rounds once where the CPU engine rounds twice."""
     for launch in some_launches():

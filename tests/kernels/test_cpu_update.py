@@ -56,10 +56,10 @@ class Rows:
 
 
 def hyperparameters(*tables: Numbers) -> tuple[torch.Tensor, torch.Tensor, WeightDecayMode]:
-    """What an update needs to know of its tables."""
+    """What an update needs to know of its tables before ``step``."""
     rows = [[t.learning_rate, t.eps, t.beta1, t.beta2, t.weight_decay] for t in tables]
     (mode,) = {table.mode for table in tables}
-    return torch.tensor(rows, dtype=torch.float64), int64(table.step for table in tables), WeightDecayMode(mode)
+    return torch.tensor(rows, dtype=torch.float64), int64(table.step - 1 for table in tables), WeightDecayMode(mode)
 
 
 def assert_rows_close(actual: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
+import numpy as np
 import pytest
 import torch
 
+from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
+from dynamicemb.kernels.steps.cpu import advance_steps
 from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode
-from tests.kernels.group_state import Twins
-from tests.kernels.triton_host import MARKS
+from dynamicemb.kernels.update.triton import begin_update
+from tests.kernels.group_state import Twins, on_device
+from tests.kernels.triton_host import DEVICE, MARKS, engine
 
 pytestmark = MARKS
 
 TABLES = 3
-#: Table 0 has no weight decay; the steps reach the end of Adam's bias correction.
-STEPS = torch.tensor([1, 10, 100_000])
+#: So far. Table 0 has no weight decay; the steps reach the end of Adam's bias correction.
+STEPS = torch.tensor([0, 9, 99_999])
 
 
 def hyperparameters() -> torch.Tensor:
@@ -73,15 +79,36 @@ def test_refused_keys_take_no_update() -> None:
     keys, tables = torch.arange(30), torch.zeros(30, dtype=torch.int32)
     batch, _ = pair.train(keys, tables, torch.tensor([1]))
     assert (batch.cpu_slots < 0).sum() == 22
-    pair.update(batch, torch.ones(30, 4), hyperparameters()[:1], STEPS[:1])
+    pair.update(batch, torch.ones(30, 4), hyperparameters()[:1], STEPS[:1].clone())
 
 
 def test_an_empty_batch() -> None:
     pair = Twins([TableGeometry.create(8, 8, 8)], RowLayout(4, torch.float32, OptimizerKind.ADAM))
     nothing = torch.zeros(0, dtype=torch.int64)
     batch, _ = pair.train(nothing, nothing.int(), torch.tensor([1]))
-    pair.update(batch, torch.zeros(0, 4), hyperparameters()[:1], STEPS[:1])
+    pair.update(batch, torch.zeros(0, 4), hyperparameters()[:1], STEPS[:1].clone())
 
 
 def test_a_frequent_key_is_summed_in_blocks() -> None:
     run(RowLayout(4, torch.float32, OptimizerKind.SGD), torch.float32, size=900, steps=1)
+
+
+@pytest.mark.parametrize("takes_step", [None, [True, False]])
+@pytest.mark.parametrize("dim", [4, 256])
+def test_steps_are_counted_and_bias_corrections_are_those_of_the_cpu_engine(
+    dim: int, takes_step: Optional[list[bool]]
+) -> None:
+    """More tables than are counted together; each has its own betas and steps, of which some are many."""
+    tables, generator = 70, torch.Generator().manual_seed(1)
+    numbers = torch.rand(tables, len(HyperparameterColumn), generator=generator, dtype=torch.float64)
+    numbers[::3] = 1.0 - numbers[::3] * 1e-7
+    steps = torch.randint(0, 1000, (tables,), generator=generator) ** torch.arange(1, 6).repeat(14)
+    some = None if takes_step is None else torch.tensor(takes_step * 35)
+    copies = on_device(numbers), on_device(steps), on_device(some)
+    expected = np.empty((tables, 2), np.float32)
+    advance_steps(steps.numpy(), np.empty(0, np.bool_) if some is None else some.numpy(), numbers.numpy(), expected)
+    nothing = on_device(dedup(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int32), tables, 1))
+    with engine("triton"):
+        _, corrections = begin_update(nothing, torch.zeros(0, dim, device=DEVICE), *copies, adam=True)
+    assert copies[1].tolist() == steps.tolist()
+    assert corrections.cpu().numpy().tobytes() == expected.tobytes()

@@ -28,30 +28,36 @@ _TILE = 512
 _WARPS = 1
 
 
+@triton.jit
+def sum_block(
+    values, order, inverse, offsets, out, window, DIM: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums the whole block, if there is one, that begins in the ``window``-th BLOCK of sorted positions.
+
+    Such a block reaches past the last of these positions, so it belongs to the key there, and there is only one. It
+    begins less than BLOCK before that position: block ``i`` of a key that begins at ``b`` is row ``b // BLOCK + i``.
+    """
+    last = window * BLOCK + BLOCK - 1
+    entry = tl.load(inverse + tl.load(order + last))
+    key_begin = tl.load(offsets + entry)
+    begin = key_begin + (last - key_begin) // BLOCK * BLOCK
+    if begin + BLOCK <= tl.load(offsets + entry + 1):
+        columns = tl.arange(0, COLUMNS)
+        begins = begin + tl.zeros([1], tl.int64)
+        total = tl.zeros([1, COLUMNS], tl.float32)
+        total = add_rows(total, values, order, begins, begins + BLOCK, columns, DIM, DTYPE)
+        tl.store(out + (window * DIM + columns)[None, :], total, mask=(columns < DIM)[None, :])
+
+
 @triton.jit(do_not_specialize=["blocks"])
 def _block_sums_kernel(
     values, order, inverse, offsets, out, blocks, DIM: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program ``j`` sums the whole block, if there is one, that begins in the ``j``-th BLOCK of sorted positions.
-
-    Such a block reaches past the last of these positions, so it belongs to the key there, and there is only one. It
-    begins less than BLOCK before that position: block ``i`` of a key that begins at ``b`` is row ``b // BLOCK + i``.
-    """
     window = tl.program_id(0).to(tl.int64)
-    if window >= blocks:
-        return
-    last = window * BLOCK + BLOCK - 1
-    entry = tl.load(inverse + tl.load(order + last))
-    key_begin = tl.load(offsets + entry)
-    begin = key_begin + (last - key_begin) // BLOCK * BLOCK
-    if begin + BLOCK > tl.load(offsets + entry + 1):
-        return
-    columns = tl.arange(0, COLUMNS)
-    begins = begin + tl.zeros([1], tl.int64)
-    total = tl.zeros([1, COLUMNS], tl.float32)
-    total = add_rows(total, values, order, begins, begins + BLOCK, columns, DIM, DTYPE)
-    tl.store(out + (window * DIM + columns)[None, :], total, mask=(columns < DIM)[None, :])
+    if window < blocks:
+        sum_block(values, order, inverse, offsets, out, window, DIM, COLUMNS, DTYPE, BLOCK)
 
 
 @triton.jit
@@ -84,19 +90,16 @@ def _segment_difference_kernel(prefix, offsets, count, out, TILE: tl.constexpr):
     tl.store(out + entry, tl.load(prefix + end - 1, mask=inside, other=0) - before, mask=inside)
 
 
-def block_sums(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
-    """Sums of the whole blocks of all keys.
+def empty_block_sums(values: torch.Tensor) -> torch.Tensor:
+    """float32 [N // BLOCK_ROWS, D], for the sums of whole blocks of ``values``, [N, D]."""
+    rows, dim = values.shape
+    return torch.empty(rows // BLOCK_ROWS, dim, dtype=torch.float32, device=values.device)
 
-    Args:
-        values: float32, float16 or bfloat16 [N, D].
-        unique: of the same batch.
 
-    Returns:
-        float32 [N // BLOCK_ROWS, D], for :func:`~dynamicemb.kernels.rows_triton.sum_rows`; most rows are undefined.
-        Does not synchronise.
-    """
-    blocks, dim = unique.order.numel() // BLOCK_ROWS, values.shape[1]
-    out = torch.empty(blocks, dim, dtype=torch.float32, device=values.device)
+def _block_sums(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
+    """Sums of all keys' whole blocks, for :func:`~dynamicemb.kernels.rows_triton.sum_rows`; most rows are undefined."""
+    out = empty_block_sums(values)
+    blocks, dim = out.shape
     # Also where there are none, so that a step has as many launches for a small batch.
     launch(
         _block_sums_kernel, max(1, blocks), float_view(values), unique.order, unique.inverse, unique.offsets, out,
@@ -119,7 +122,7 @@ def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
         )
         launch(
             _sum_rows_kernel, grid_stride_programs(triton.cdiv(entries, rows), values, options), float_view(values),
-            unique.order, unique.offsets, unique.count, block_sums(values, unique), out, DIM=dim,
+            unique.order, unique.offsets, unique.count, _block_sums(values, unique), out, DIM=dim,
             COLUMNS=column_tile(dim), ROWS=rows, DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
             options=options,
         )  # fmt: skip

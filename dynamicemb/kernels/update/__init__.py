@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import enum
+from typing import Optional
 
 import torch
 
 from dynamicemb.kernels.engine import implementation
 from dynamicemb.kernels.views import GroupView, UniqueKeys
 
-__all__ = ["HyperparameterColumn", "WeightDecayMode", "bias_corrections", "update"]
+__all__ = ["HyperparameterColumn", "WeightDecayMode", "update"]
 
 
 class HyperparameterColumn(enum.IntEnum):
@@ -33,20 +34,6 @@ class WeightDecayMode(enum.IntEnum):
     DECOUPLE = 2
 
 
-def bias_corrections(hyperparameters: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Adam's ``1 - beta ** t`` for both betas, once for each table and the same for both engines.
-
-    Args:
-        hyperparameters: float64 [T, 5].
-        steps: int64 [T].
-
-    Returns:
-        float32 [T, 2], computed in float64. Does not synchronise.
-    """
-    betas = hyperparameters[:, HyperparameterColumn.BETA1 : HyperparameterColumn.BETA2 + 1]
-    return (1.0 - betas ** steps.double()[:, None]).float()
-
-
 def update(
     view: GroupView,
     unique: UniqueKeys,
@@ -55,8 +42,11 @@ def update(
     hyperparameters: torch.Tensor,
     steps: torch.Tensor,
     weight_decay_mode: WeightDecayMode = WeightDecayMode.NONE,
+    takes_step: Optional[torch.Tensor] = None,
 ) -> None:
-    """Sums the gradients of each distinct key as :mod:`~dynamicemb.kernels.segment_sum` does, and updates its row once.
+    """One optimizer step: counts it, and updates the row of each distinct key once.
+
+    The gradients of a key are summed as :mod:`~dynamicemb.kernels.segment_sum` does.
 
     Args:
         view: the tables; rows change. ``view.layout.optimizer`` picks the rule.
@@ -64,9 +54,12 @@ def update(
         slots: int64 [U]; keys with a negative slot are passed over.
         gradients: float32, float16 or bfloat16 [N, dim], contiguous.
         hyperparameters: float64 [T, 5], see :class:`HyperparameterColumn`. Kernels round them, ``1 - beta`` and
-            ``1 - beta ** t`` to float32: ``1 - 0.999`` taken in float32 would be off by 1.3e-5.
-        steps: int64 [T], update steps of each table, this one included (Adam's ``t``). Does not synchronise.
+            ``1 - beta ** t`` (:mod:`~dynamicemb.kernels.steps`) to float32: ``1 - 0.999`` taken in float32 would be
+            off by 1.3e-5.
+        steps: int64 [T], update steps of each table; one more afterwards (Adam's ``t``), also for an empty batch.
         weight_decay_mode: of all tables; each has its own number.
+        takes_step: bool [T], whose count of steps goes on; keys of other tables must have negative slots. None: all.
+            Does not synchronise.
     """
     engine = implementation(__name__, view.device)
-    engine.update(view, unique, slots, gradients, hyperparameters, steps, weight_decay_mode)
+    engine.update(view, unique, slots, gradients, hyperparameters, steps, weight_decay_mode, takes_step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from dynamicemb.kernels.numba_support import (
     prefetch,
 )
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, read_row, sum_rows, write_row
-from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode, bias_corrections
+from dynamicemb.kernels.steps.cpu import advance_steps
+from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode
 from dynamicemb.kernels.views import AddressRow, GroupView, UniqueKeys
 
 _ROWS = np.int64(AddressRow.ROWS)
@@ -27,6 +29,7 @@ _BETA1, _BETA2 = np.int64(HyperparameterColumn.BETA1), np.int64(HyperparameterCo
 _DECAY = np.int64(HyperparameterColumn.WEIGHT_DECAY)
 _L2, _DECOUPLE = np.int64(WeightDecayMode.L2), np.int64(WeightDecayMode.DECOUPLE)
 _SGD, _ADAGRAD = np.int64(OptimizerKind.SGD), np.int64(OptimizerKind.ADAGRAD)
+_ALL_TABLES = np.empty(0, np.bool_)
 _ROWWISE_ADAGRAD = np.int64(OptimizerKind.ROWWISE_ADAGRAD)
 
 
@@ -144,12 +147,16 @@ def update(
     hyperparameters: torch.Tensor,
     steps: torch.Tensor,
     weight_decay_mode: WeightDecayMode,
+    takes_step: Optional[torch.Tensor],
 ) -> None:
     layout = view.layout
+    corrections = np.empty((steps.numel() if layout.optimizer is OptimizerKind.ADAM else 0, 2), np.float32)
+    numbers = hyperparameters.numpy()
+    advance_steps(steps.numpy(), _ALL_TABLES if takes_step is None else takes_step.numpy(), numbers, corrections)
     parallel_for(
         _update, slots.numel(), view.addresses.numpy(), np.int64(layout.row_bytes), np.int64(layout.dim),
         DTYPE_CODES[layout.embedding_dtype], np.int64(layout.state_offset_bytes), np.int64(layout.optimizer),
         np.int64(weight_decay_mode), unique.tables.numpy(), slots.numpy(), unique.order.numpy(), unique.offsets.numpy(),
         np.int64(gradients.data_ptr()), np.int64(layout.dim * gradients.itemsize),
-        DTYPE_CODES[gradients.dtype], hyperparameters.numpy(), bias_corrections(hyperparameters, steps).numpy(),
+        DTYPE_CODES[gradients.dtype], numbers, corrections,
     )  # fmt: skip

@@ -6,6 +6,8 @@ been summed by then.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +28,9 @@ from dynamicemb.kernels.rows_triton import (
     write_row,
 )
 from dynamicemb.kernels.segment_sum import BLOCK_ROWS
-from dynamicemb.kernels.segment_sum.triton import block_sums
-from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode, bias_corrections
+from dynamicemb.kernels.segment_sum.triton import empty_block_sums, sum_block
+from dynamicemb.kernels.steps.triton import advance_steps
+from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode
 from dynamicemb.kernels.views import GroupView, UniqueKeys
 
 _SGD = tl.constexpr(int(OptimizerKind.SGD))
@@ -43,12 +46,28 @@ _BETA2 = tl.constexpr(int(HyperparameterColumn.BETA2))
 _WEIGHT_DECAY = tl.constexpr(int(HyperparameterColumn.WEIGHT_DECAY))
 # One warp for a key, so that none waits for another one's duplicates.
 _WARPS = 1
+# Tables whose steps are counted together.
+_TABLES = 32
 
 
 @triton.jit
 def _hyperparameter(hyperparameters, table, mask, COLUMN: tl.constexpr):
     """float64 [R, 1]"""
     return tl.load(hyperparameters + table * _HYPERPARAMETERS + COLUMN, mask=mask, other=1.0)[:, None]
+
+
+@triton.jit(do_not_specialize=["num_tables", "some", "adam"])
+def _begin_update_kernel(
+    gradients, order, inverse, offsets, block_sums, steps, takes_step, hyperparameters, corrections, num_tables, some,
+    adam, DIM: tl.constexpr, COLUMNS: tl.constexpr, GRADIENT_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    TABLES: tl.constexpr,
+):  # fmt: skip
+    """What an update needs before any row: the first program counts the step, the others sum whole blocks."""
+    window = tl.program_id(0).to(tl.int64) - 1
+    if window < 0:
+        advance_steps(steps, takes_step, hyperparameters, corrections, num_tables, some, adam, TABLES)
+    else:
+        sum_block(gradients, order, inverse, offsets, block_sums, window, DIM, COLUMNS, GRADIENT_DTYPE, BLOCK)
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -117,6 +136,28 @@ def _update_kernel(
         first += tl.num_programs(0).to(tl.int64) * ROWS
 
 
+def begin_update(
+    unique: UniqueKeys,
+    gradients: torch.Tensor,
+    hyperparameters: torch.Tensor,
+    steps: torch.Tensor,
+    takes_step: Optional[torch.Tensor],
+    adam: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts the step. Returns the sums of whole blocks and, for Adam, the bias corrections, float32 [T, 2]."""
+    dim, num_tables, block_sums = gradients.shape[1], steps.numel(), empty_block_sums(gradients)
+    options = LaunchOptions(row_warps(dim, warps=_WARPS), sum_rows_registers(dim), enable_fp_fusion=False)
+    corrections = torch.empty(num_tables if adam else 0, 2, dtype=torch.float32, device=steps.device)
+    chosen = (steps if takes_step is None else takes_step).view(torch.uint8)
+    launch(
+        _begin_update_kernel, 1 + len(block_sums), float_view(gradients), unique.order, unique.inverse, unique.offsets,
+        block_sums, steps, chosen, hyperparameters, corrections, num_tables, int(takes_step is not None), int(adam),
+        DIM=dim, COLUMNS=column_tile(dim), GRADIENT_DTYPE=DTYPE_CODES[gradients.dtype], BLOCK=BLOCK_ROWS,
+        TABLES=_TABLES, options=options,
+    )  # fmt: skip
+    return block_sums, corrections
+
+
 def update(
     view: GroupView,
     unique: UniqueKeys,
@@ -125,19 +166,20 @@ def update(
     hyperparameters: torch.Tensor,
     steps: torch.Tensor,
     weight_decay_mode: WeightDecayMode,
+    takes_step: Optional[torch.Tensor],
 ) -> None:
     layout = view.layout
     entries = slots.numel()
+    adam = layout.optimizer is OptimizerKind.ADAM
+    block_sums, corrections = begin_update(unique, gradients, hyperparameters, steps, takes_step, adam)
     if entries == 0:
         return
     rows = row_tile(layout.dim, warps=_WARPS)
-    adam = layout.optimizer is OptimizerKind.ADAM
-    corrections = bias_corrections(hyperparameters, steps) if adam else hyperparameters
     registers = sum_rows_registers(layout.dim, converts=layout.embedding_dtype is not torch.float32)
     options = LaunchOptions(row_warps(layout.dim, warps=_WARPS), registers, enable_fp_fusion=False)
     launch(
         _update_kernel, grid_stride_programs(triton.cdiv(entries, rows), slots, options), view.addresses, unique.count,
-        unique.tables, slots, unique.order, unique.offsets, float_view(gradients), block_sums(gradients, unique),
+        unique.tables, slots, unique.order, unique.offsets, float_view(gradients), block_sums,
         hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
         ROWS=rows, ROW_BYTES=layout.row_bytes, STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
         DECAY_MODE=int(weight_decay_mode), DTYPE=DTYPE_CODES[layout.embedding_dtype],
