@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from files import revision
@@ -30,6 +30,7 @@ from gpu.topic import Context, Outcome, run_topic
 from host import Accelerator, Host, OtherLoad
 from output import QUIET_CORES_BESIDE_GPU, Run, show, write
 from processes import quieten_libraries
+from quarter_hour.journal import FAILED, OK, append_line
 from rich.console import Console
 from run import PIPED_WIDTH
 
@@ -65,6 +66,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--output", type=Path, metavar="DIR",
         help="folder for the JSON and Markdown files (default: benchmarks/results; with --dry-run: none)",
     )  # fmt: skip
+    parser.add_argument("--findings", type=Path, metavar="FILE", help="append a line of JSON for each topic as it ends")
     return parser.parse_args(arguments)
 
 
@@ -86,6 +88,25 @@ def _outcome(name: str, context: Context, deadline: float) -> Outcome:
     return run_topic(topic, context.device, deadline)
 
 
+def _line(outcome: Outcome) -> dict[str, Any]:
+    """What became of a topic, for a program that waits for it."""
+    if outcome.findings is None:
+        return {"outcome": FAILED, "reason": outcome.refused}
+    figures = {
+        figure.name: {
+            "median": figure.measured.median,
+            "unit": figure.unit,
+            **({} if figure.expected is None else {"expected": figure.expected}),
+            **({} if figure.met is None else {"met": figure.met}),
+        }
+        for figure in outcome.findings.figures
+    }
+    line: dict[str, Any] = {"outcome": FAILED if outcome.errors else OK, "figures": figures}
+    if outcome.findings.left_out:
+        line["reason"] = "; ".join(f"{part}: {reason}" for part, reason in outcome.findings.left_out.items())
+    return line
+
+
 @dataclass
 class Session:
     """One call of the benchmarks.
@@ -95,6 +116,7 @@ class Session:
         console: where they are shown.
         accelerator, host: where they run.
         folder: where results are written; None: nowhere.
+        lines: where a line is appended for each topic; None: nowhere.
         failed: topics that are not reported, and parts that ended in an error.
     """
 
@@ -103,6 +125,7 @@ class Session:
     accelerator: Accelerator
     host: Host
     folder: Optional[Path]
+    lines: Optional[Path] = None
     failed: list[str] = field(default_factory=list)
 
     def run(self, name: str, deadline: float) -> None:
@@ -111,6 +134,8 @@ class Session:
         outcome = _outcome(name, self.context, deadline)
         seconds, other_cores = time.perf_counter() - start, others.cores()
         self._show(name, outcome, other_cores)
+        if self.lines is not None:
+            append_line(self.lines, {"name": name, "seconds": round(seconds, 2), **_line(outcome)})
         if self.folder is None:
             return
         result = Run(
@@ -161,6 +186,7 @@ def main(arguments: Sequence[str], device: Optional[Device] = None) -> int:
         accelerator=device.facts(),
         host=Host.here(),
         folder=options.output or (None if options.dry_run else HERE / "results"),
+        lines=options.findings,
     )
     names = [name for name in SHARES if options.only is None or name in ("ceilings", *options.only)]
     for name, deadline in deadlines(names, start, options.seconds).items():

@@ -1,0 +1,71 @@
+"""Findings as lines of JSON: each is whole on the disk before the next thing begins, whatever then happens to us."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FAILED", "OK", "SKIPPED", "Journal", "append_line", "read_lines"]
+
+OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one line in one write, so that no reader and no interruption sees half of it."""
+    line = (json.dumps(record) + "\n").encode()
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def read_lines(path: Path, begin: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Records of the whole lines from byte ``begin`` on, and where the next one will begin. A line that is no record,
+    from a process that was killed, is passed over."""
+    if not path.exists():
+        return [], begin
+    with path.open("rb") as file:
+        file.seek(begin)
+        content = file.read()
+    end = content.rfind(b"\n") + 1
+    records = []
+    for line in content[:end].splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records, begin + end
+
+
+class Journal:
+    """Prints and appends findings.
+
+    Args:
+        path: of the file; lines of earlier runs stay in it.
+        part: number of the part, in every line.
+    """
+
+    def __init__(self, path: Path, part: int) -> None:
+        self._path, self._part, self._lock = path, part, threading.Lock()
+        self.outcomes = {OK: 0, FAILED: 0, SKIPPED: 0}
+
+    def add(
+        self, name: str, outcome: str, seconds: float, figures: Mapping[str, Any] | None = None, reason: str = ""
+    ) -> None:
+        """One finding. ``reason`` says why it failed or was skipped."""
+        record: dict[str, Any] = {"part": self._part, "name": name, "seconds": round(seconds, 2), "outcome": outcome}
+        record |= {"figures": dict(figures)} if figures else {}
+        record |= {"reason": reason} if reason else {}
+        record["at"] = time.strftime("%H:%M:%S")
+        with self._lock:
+            self.outcomes[outcome] += 1
+            append_line(self._path, record)
+            print(json.dumps(record), flush=True, file=sys.stdout)

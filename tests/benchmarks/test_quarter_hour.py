@@ -1,0 +1,249 @@
+"""The quarter of an hour: nothing that fails, hangs or dies stops the rest, and what was found by then is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from quarter_hour.__main__ import environment
+from quarter_hour.journal import append_line, read_lines
+
+from tests.benchmarks.conftest import BENCHMARKS
+from tests.processes import kill_tree, python_path
+
+ROOT = BENCHMARKS.parent
+#: Stages in a process of their own: whatever is no child of theirs they take for something left behind.
+DRIVER = """
+import sys, time
+from pathlib import Path
+from quarter_hour.__main__ import run
+from quarter_hour.journal import Journal
+from quarter_hour.processes import adopt_orphans
+from quarter_hour.snapshots import Snapshots
+from quarter_hour.stages import Session, Stage
+
+SAY = '''
+import json, os, signal, sys, time
+def say(name, outcome="ok"):
+    with open(sys.argv[-1], "a") as file:
+        file.write(json.dumps({{"name": name, "outcome": outcome}}) + "\\\\n")
+'''
+
+def stage(name, code, findings=(), **limits):
+    def command(pending, left):
+        return [sys.executable, "-c", SAY + code, *pending]
+    return Stage(name, command, findings, **limits)
+
+out, results = Path("out"), Path("results")
+for folder in (out, results, Path("cache")):
+    folder.mkdir()
+adopt_orphans()
+journal = Journal(out / "findings.jsonl", 7)
+session = Session(journal, results, Path.cwd(), {{}}, time.monotonic() + {seconds}, Path("cache"))
+snapshots = Snapshots(results, out / "part.tar.gz", 0.1)
+run([{stages}], [{beside}], session)
+snapshots.finish()
+"""
+SLEEPER = "import subprocess, sys; subprocess.Popen(['sleep', '77.5'], start_new_session=True)\n"
+
+
+def driver(stages: str, seconds: float = 30, beside: str = "") -> list[str]:
+    return [sys.executable, "-c", DRIVER.format(stages=stages, seconds=seconds, beside=beside)]
+
+
+def started(folder: Path, command: list[str]) -> subprocess.Popen[str]:
+    variables = {**os.environ, "PYTHONPATH": python_path(ROOT, BENCHMARKS)}
+    return subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True)
+
+
+def found(folder: Path, stages: str, seconds: float = 30, beside: str = "") -> dict[str, dict[str, Any]]:
+    """Findings of these stages by name, which are the same in the file and on the terminal."""
+    process = started(folder, driver(stages, seconds, beside))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert lines == read_lines(folder / "out" / "findings.jsonl")[0]
+    assert all(line["part"] == 7 for line in lines)
+    return {line["name"]: line for line in lines}
+
+
+def outcomes(findings: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {name: finding["outcome"] for name, finding in findings.items()}
+
+
+def sleepers() -> list[str]:
+    """Processes that :data:`SLEEPER` has left."""
+    found = subprocess.run(["pgrep", "-f", "^sleep 77.5"], capture_output=True, text=True).stdout
+    return found.split()
+
+
+def test_what_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    hangs = f"{SLEEPER}say('one'); time.sleep(70)"
+    findings = found(
+        tmp_path,
+        f"stage('hangs', {hangs!r}, ('one', 'two'), silence_seconds=1), stage('next', 'say(\"three\")', ('three',))",
+    )
+    assert outcomes(findings) == {
+        "hangs: one": "ok", "hangs: two": "failed", "hangs": "failed", "next: three": "ok", "next": "ok",
+    }  # fmt: skip
+    assert "nothing was heard of it for 1 s" in findings["hangs: two"]["reason"]
+    assert sleepers() == []
+
+
+def test_what_is_left_behind_ends_too(tmp_path: Path) -> None:
+    """By a process that ended well: its child, in a session of its own, has no parent that could be asked."""
+    assert outcomes(found(tmp_path, f"stage('leaves', {SLEEPER!r})")) == {"leaves": "ok"}
+    assert sleepers() == []
+
+
+def test_what_crashes_is_started_anew_for_the_rest(tmp_path: Path) -> None:
+    crashes = "for name in sys.argv[1:-2]:\n    if name == 'two': os.kill(os.getpid(), signal.SIGSEGV)\n    say(name)"
+    findings = found(tmp_path, f"stage('crashes', {crashes!r}, ('one', 'two', 'three'))")
+    assert outcomes(findings) == {
+        "crashes: one": "ok", "crashes: two": "failed", "crashes: three": "ok", "crashes": "failed",
+    }  # fmt: skip
+    assert f"ended by signal {int(signal.SIGSEGV)}" in findings["crashes: two"]["reason"]
+
+
+def test_what_cannot_be_imported_or_started_is_a_finding(tmp_path: Path) -> None:
+    no_program = "Stage('none', lambda pending, left: ['./no-such-program'])"
+    findings = found(tmp_path, f"stage('fails', 'import no_such_module'), {no_program}, stage('next', '')")
+    assert outcomes(findings) == {"fails": "failed", "none": "failed", "next": "ok"}
+    assert "No module named 'no_such_module'" in findings["fails"]["reason"]
+    assert "no-such-program" in findings["none"]["reason"]
+
+
+def test_the_time_is_kept(tmp_path: Path) -> None:
+    start = time.monotonic()
+    stages = "stage('long', 'say(\"one\"); time.sleep(70)', ('one', 'two'), seconds=70), stage('late', '', ('three',))"
+    findings = found(tmp_path, stages, seconds=2.5, beside="stage('beside', 'time.sleep(70)', seconds=70)")
+    assert time.monotonic() - start < 20  # with two starts of Python on a busy machine
+    assert outcomes(findings) == {
+        "long: one": "ok", "long: two": "skipped", "long": "skipped", "late: three": "skipped", "late": "skipped",
+        "beside": "failed",
+    }  # fmt: skip
+    assert "out of time" in findings["long: two"]["reason"] and "no time is left" in findings["late"]["reason"]
+    assert sum(finding["seconds"] for name, finding in findings.items() if name in ("long", "late")) < 4
+
+
+def test_newly_compiled_kernels_are_named(tmp_path: Path) -> None:
+    compiles = "os.makedirs('cache/KEY'); open('cache/KEY/_find_kernel.cubin', 'w').close()"
+    findings = found(tmp_path, f"stage('before', ''), stage('compiles', {compiles!r}), stage('after', '')")
+    assert findings["compiles"]["figures"] == {"kernels compiled": 1, "which": ["_find_kernel"]}
+    assert "figures" not in findings["before"] and "figures" not in findings["after"]
+
+
+def test_a_kill_leaves_whole_lines_and_a_whole_archive(tmp_path: Path) -> None:
+    counts = "number = 0\nwhile True: say(str(number)); number += 1; time.sleep(0.01)"
+    process = started(tmp_path, driver(f"stage('counts', {counts!r})"))
+    journal, archive = tmp_path / "out" / "findings.jsonl", tmp_path / "out" / "part.tar.gz"
+    while not archive.exists() or len(read_lines(journal)[0]) < 100:
+        time.sleep(0.02)
+        assert process.poll() is None
+    before = archive.stat().st_mtime_ns
+    while archive.stat().st_mtime_ns == before:  # it is written again and again
+        time.sleep(0.02)
+    kill_tree(process)
+    assert journal.read_bytes().endswith(b"\n")
+    assert [json.loads(line)["name"] for line in journal.read_text().splitlines()][:3] == [
+        "counts: 0", "counts: 1", "counts: 2",
+    ]  # fmt: skip
+    with tarfile.open(archive) as tar:
+        assert set(tar.getnames()) == {"counts.log", "counts.0.jsonl"}
+        content = tar.extractfile("counts.0.jsonl")
+        assert content is not None and len(content.read().splitlines()) > 3
+
+
+def test_half_a_line_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    append_line(file, {"name": "one"})
+    with file.open("ab") as lines:
+        lines.write(b'{"name": "tw')
+    records, end = read_lines(file)
+    assert records == [{"name": "one"}] and end == len('{"name": "one"}\n')
+    with file.open("ab") as lines:
+        lines.write(b'o"}\n\xff{"na\n')  # of a process that was killed within a write
+    append_line(file, {"name": "three"})
+    assert [record["name"] for record in read_lines(file, end)[0]] == ["two", "three"]
+
+
+def test_archives_stay_below_what_comes_back(tmp_path: Path) -> None:
+    script = (
+        "from pathlib import Path; import os; from quarter_hour.snapshots import Snapshots\n"
+        "Path('results').mkdir(); Path('results/small.json').write_text('{}')\n"
+        "for name in ('a.bin', 'b.bin'): Path('results', name).write_bytes(os.urandom(9 << 20))\n"
+        "Path('results/long.log').write_text('first' + 'x' * (3 << 20) + 'last')\n"
+        "Snapshots(Path('results'), Path('part.tar.gz'), 60).finish()"
+    )
+    process = started(tmp_path, [sys.executable, "-c", script])
+    assert process.wait(60) == 0
+    assert (tmp_path / "part.tar.gz").stat().st_size < 16 << 20
+    with tarfile.open(tmp_path / "part.tar.gz") as tar:
+        assert set(tar.getnames()) == {"small.json", "long.log", "a.bin", "left-out.txt"}
+        log, left_out = tar.extractfile("long.log"), tar.extractfile("left-out.txt")
+        assert log is not None and log.read().endswith(b"xlast")
+        assert left_out is not None and left_out.read() == b"b.bin"
+
+
+def test_what_was_on_the_path_stays_on_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/given")
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/other/ptxas")
+    variables = environment(tmp_path)
+    assert variables["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "site"), str(ROOT), str(BENCHMARKS), "/given"]
+    assert "TRITON_PTXAS_PATH" not in variables
+
+
+TESTS = """
+import pytest
+def test_first(): pass
+def test_second(): assert 1 == 2, "one is not two"
+@pytest.mark.skip(reason="not here")
+def test_third(): pass
+def test_fourth(): raise SystemExit
+"""
+
+
+def test_tests_are_reported_as_they_end(tmp_path: Path) -> None:
+    for name in ("test_a.py", "test_b.py"):
+        (tmp_path / name).write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "quarter_hour.pytest_findings", "-p", "no:cacheprovider"]
+    process = started(tmp_path, [*command, "--each-file", "3", "--findings", "lines.jsonl"])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    records = {record["name"]: record for record in read_lines(tmp_path / "lines.jsonl")[0]}
+    assert outcomes(records) == {
+        f"test_{file}.py::test_{name}": outcome
+        for file in "ab"
+        for name, outcome in {"first": "ok", "second": "failed", "third": "skipped"}.items()
+    }
+    assert "one is not two" in records["test_a.py::test_second"]["reason"]
+    assert "not here" in records["test_a.py::test_third"]["reason"]
+
+
+EXPECTED = {
+    1: {"tbe: tbe", "machine: device", "smoke", *(f"topics: {name}" for name in ("step", "kernels", "dedup"))},
+    2: {"engines", "parity"},
+    3: {"residency: adam", "residency: sgd", "more-topics: table", "more-topics: model"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", sorted(EXPECTED))
+def test_a_dry_run(part: int, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "benchmarks.quarter_hour", str(part), "--dry-run", "--seconds", "250"]
+    process = started(ROOT, [*command, "--out", str(out), "--work", str(tmp_path / "work")])
+    output, _ = process.communicate(timeout=280)
+    assert process.returncode == 0, output[-4000:]
+    findings = outcomes({line["name"]: line for line in read_lines(out / "findings.jsonl")[0]})
+    assert {name for name, outcome in findings.items() if outcome == "ok"} >= EXPECTED[part], findings
+    assert findings["part"] == "ok"
+    assert sorted(file.name for file in out.iterdir()) == ["findings.jsonl", f"part-{part}.tar.gz"]
