@@ -113,7 +113,7 @@ def _large_tables(size: table.Size) -> None:
         full = FullTable(max(size.slots), dim, size.step_keys, META)
         for entries in BATCHES:
             unique = full.distinct(full.fresh(entries))
-            gather(full.storage.view, full.find_or_insert(unique, full.scores(unique), rows=True))
+            gather(full.storage.view, full.find_or_insert(unique, full.scores(), rows=True))
             gather(full.storage.view, find(full.storage.view, unique))
             gather(full.storage.view, find(full.storage.view, full.in_any_order(full.fresh(entries))))
 

@@ -56,12 +56,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def environment(work: Path) -> dict[str, str]:
     """Of the processes: what was unpacked comes first, and whatever was on the path stays on it."""
-    folders = [str(work / "site"), str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]
+    folders = [str(work / "site"), str(ROOT), str(ROOT / "benchmarks")]
     # An assembler other than Triton's own would change the keys of all compiled kernels.
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_PTXAS_PATH"}
     return {
         **kept,
-        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(work / "triton"),
     }
