@@ -45,6 +45,10 @@ LONG_BATCH = 1 << 31
 #: Tables of a group: positions are sorted by 0 and, with two ranks, by 1, 2 and 4 bytes of (owner, table).
 TABLE_COUNTS = (1, 3, 300, 20_000)
 WORLD_SIZE = 2
+#: First values: drawn from a normal distribution, for which kernels are compiled on their own, and any other ones.
+NORMAL, OTHER = (
+    DynamicEmbInitializerArgs(mode) for mode in (DynamicEmbInitializerMode.NORMAL, DynamicEmbInitializerMode.DEBUG)
+)
 #: Rows of a table at first: no batch makes it ask for its size.
 INIT_CAPACITY = 1 << 33
 
@@ -100,6 +104,7 @@ def launches_of(choices: Choices) -> list[Launch]:
         for layout, batch in itertools.product(choices.layouts, BATCHES):
             for mode in weight_decay_modes(layout.optimizer):
                 group_step(layout, batch=batch, weight_decay_mode=mode)
+            group_step(layout, batch=batch, initializer=NORMAL)
         for capacity, strategy in itertools.product(choices.capacities, DynamicEmbEvictStrategy):
             group_step(USUAL_LAYOUT, capacity, strategy)
         for dim, dtype in itertools.product(choices.gradient_dims, EMBEDDING_DTYPES):
@@ -122,9 +127,9 @@ def _group(
     capacity: int,
     strategy: DynamicEmbEvictStrategy,
     weight_decay_mode: WeightDecayMode = WeightDecayMode.NONE,
+    initializer: DynamicEmbInitializerArgs = OTHER,
 ) -> TableGroup:
     """Two tables of which the first may double; keys that are missing in evaluation get values."""
-    values = DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.DEBUG)
     configs = [
         TableConfig(
             name=f"table {table}",
@@ -134,8 +139,8 @@ def _group(
             embedding_dtype=layout.embedding_dtype,
             bucket_capacity=capacity,
             evict_strategy=strategy,
-            initializer=values,
-            eval_initializer=values,
+            initializer=initializer,
+            eval_initializer=initializer,
             optimizer=OptimizerConfig(kind=layout.optimizer, weight_decay_mode=weight_decay_mode),
         )
         for table in range(2)
@@ -150,9 +155,10 @@ def group_step(
     batch: int = BATCHES[-1],
     gradient_dtype: torch.dtype = torch.float32,
     weight_decay_mode: WeightDecayMode = WeightDecayMode.NONE,
+    initializer: DynamicEmbInitializerArgs = OTHER,
 ) -> None:
     """Everything that happens to a group of tables: training, evaluation and a doubling."""
-    group = _group(layout, capacity, strategy, weight_decay_mode)
+    group = _group(layout, capacity, strategy, weight_decay_mode, initializer)
     keys, tables = _meta(batch), _meta(batch, dtype=torch.int32)
     occurrences = _meta(batch) if strategy is DynamicEmbEvictStrategy.LFU else None
     rows, lookup = group.train_lookup(keys, tables, occurrences)

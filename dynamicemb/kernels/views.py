@@ -153,9 +153,12 @@ class InitializerView:
         modes: int32 [T], see :class:`~dynamicemb.kernels.fill.FillMode`.
         parameters: float64 [T, 4], meaning by mode, see :class:`~dynamicemb.kernels.fill.FillMode`.
         states: float32 [T], first value of every optimizer state.
+        any_normal: whether a table's mode is NORMAL or TRUNCATED_NORMAL, which the host has to know: kernels for groups
+            without such a table are compiled without the quantile, and hold more than twice as many warps.
     """
 
     seeds: torch.Tensor
     modes: torch.Tensor
     parameters: torch.Tensor
     states: torch.Tensor
+    any_normal: bool

@@ -17,7 +17,7 @@ import torch
 
 from dynamicemb.errors import ConfigError, DynamicEmbWarning
 from dynamicemb.kernels.dedup import dedup
-from dynamicemb.kernels.fill import fill, initial_rows
+from dynamicemb.kernels.fill import fill, fill_missing
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import insert
@@ -189,11 +189,9 @@ class TableGroup:
         """
         slots = find(self.storage.view, KeyBatch(keys, tables))
         rows = gather(self.storage.view, slots)
-        if self._missing_reads_as_zeros:
-            return rows
-        layout = self.storage.layout
-        missing = initial_rows(keys, tables, self._eval_initializer, layout.dim, layout.embedding_dtype)
-        return torch.where((slots == NO_SLOT).unsqueeze(1), missing, rows)
+        if not self._missing_reads_as_zeros:
+            fill_missing(rows, keys, tables, slots, self._eval_initializer, self.storage.layout.embedding_dtype)
+        return rows
 
     def apply_gradients(
         self, lookup: TrainingLookup, gradients: torch.Tensor, trained: Optional[Sequence[bool]] = None

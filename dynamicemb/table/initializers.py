@@ -57,4 +57,5 @@ def initializer_view(
             [parameters for _, parameters in modes_and_parameters], dtype=torch.float64, device=device
         ).view(len(names), 4),
         states=torch.tensor(list(initial_states), dtype=torch.float32, device=device),
+        any_normal=any(mode in (FillMode.NORMAL, FillMode.TRUNCATED_NORMAL) for mode, _ in modes_and_parameters),
     )

@@ -31,7 +31,7 @@ from ahead_of_time.machine_code import MachineCode, compiled, machine_code  # no
 
 __all__ = [
     "ARCHITECTURES", "ROOT", "Launch", "code_of", "compilations", "compiled", "every_launch", "functions", "group_step",
-    "kernels", "ptx_of", "recorded_launches", "some_launches", "warps_that_fit", "width_classes",
+    "kernels", "ptx_of", "recorded_launches", "some_launches", "variant", "warps_that_fit", "width_classes",
 ]  # fmt: skip
 
 
@@ -52,12 +52,17 @@ def code_of(launch: Launch, compute_capability: int) -> MachineCode:
     return machine_code(launch, compute_capability)
 
 
+def variant(launch: Launch) -> str:
+    """The kernel, and what is compiled into it of which other launches of it have nothing: the normal quantile."""
+    return f"{launch.kernel}, quantile" if dict(launch.constants).get("NORMAL") else launch.kernel
+
+
 @functools.cache
 def hungriest() -> list[Launch]:
-    """Of each kernel the launch among :func:`some_launches` with most registers on an H100, then with most code."""
+    """Of each variant the launch among :func:`some_launches` with most registers on an H100, then with most code."""
     most: dict[str, Launch] = {}
     for launch in sorted(some_launches(), key=lambda launch: (code_of(launch, 90).registers, len(ptx_of(launch)))):
-        most[launch.kernel] = launch
+        most[variant(launch)] = launch
     return [*most.values()]
 
 

@@ -56,21 +56,24 @@ def assert_same_unique(expected: UniqueKeys, actual: UniqueKeys) -> None:
     assert torch.equal(actual.offsets[: count + 1].cpu(), expected.offsets)
 
 
-def initializers(tables: int) -> InitializerView:
+_PARAMETERS = {
+    FillMode.UNIFORM: (-0.25, 0.75, 0.0, 0.0),
+    FillMode.NORMAL: (0.125, 2.0, 0.0, 0.0),
+    FillMode.TRUNCATED_NORMAL: (0.5, 0.3, 0.0227501319481792, 0.9772498680518208),
+    FillMode.CONSTANT: (0.3, 0.0, 0.0, 0.0),
+    FillMode.DEBUG: (0.0, 0.0, 0.0, 0.0),
+}
+
+
+def initializers(tables: int, modes: Sequence[FillMode] = tuple(_PARAMETERS)) -> InitializerView:
     """One initializer for each table; the modes go round, so that one group has all of them."""
-    kinds = [
-        (FillMode.UNIFORM, (-0.25, 0.75, 0.0, 0.0)),
-        (FillMode.NORMAL, (0.125, 2.0, 0.0, 0.0)),
-        (FillMode.TRUNCATED_NORMAL, (0.5, 0.3, 0.0227501319481792, 0.9772498680518208)),
-        (FillMode.CONSTANT, (0.3, 0.0, 0.0, 0.0)),
-        (FillMode.DEBUG, (0.0, 0.0, 0.0, 0.0)),
-    ]
-    chosen = [kinds[table % len(kinds)] for table in range(tables)]
+    chosen = [modes[table % len(modes)] for table in range(tables)]
     return InitializerView(
         seeds=torch.tensor([(-1) ** table * (0x1234_5678_9ABC_DEF0 + table) for table in range(tables)]),
-        modes=torch.tensor([int(mode) for mode, _ in chosen], dtype=torch.int32),
-        parameters=torch.tensor([parameters for _, parameters in chosen], dtype=torch.float64),
+        modes=torch.tensor([int(mode) for mode in chosen], dtype=torch.int32),
+        parameters=torch.tensor([_PARAMETERS[mode] for mode in chosen], dtype=torch.float64),
         states=torch.tensor([0.5 + table for table in range(tables)], dtype=torch.float32),
+        any_normal=FillMode.NORMAL in chosen or FillMode.TRUNCATED_NORMAL in chosen,
     )
 
 

@@ -69,6 +69,7 @@ class PairedGroup:
             torch.full((count,), oracle_values.UNIFORM, dtype=torch.int32, device=device),
             torch.tensor([[-1.0, 1.0, 0.0, 0.0]] * count, dtype=torch.float64, device=device),
             torch.zeros(count, device=device),
+            any_normal=False,
         )
         self.counts = dict.fromkeys(range(4), 0)
 

@@ -31,7 +31,13 @@ from dynamicemb.kernels.launch import Launch as Call
 from dynamicemb.kernels.launch import intercepted
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 from dynamicemb.kernels.occupancy import resident_programs
-from dynamicemb.options import BUCKET_CAPACITIES, EMBEDDING_DTYPES, DynamicEmbEvictStrategy
+from dynamicemb.options import (
+    BUCKET_CAPACITIES,
+    EMBEDDING_DTYPES,
+    DynamicEmbEvictStrategy,
+    DynamicEmbInitializerArgs,
+    DynamicEmbInitializerMode,
+)
 from tests.kernels import toy_kernels
 from tests.kernels.aot import (
     ARCHITECTURES,
@@ -46,6 +52,7 @@ from tests.kernels.aot import (
     ptx_of,
     recorded_launches,
     some_launches,
+    variant,
     warps_that_fit,
     width_classes,
 )
@@ -64,7 +71,7 @@ ROW_TRAFFIC = {
     "_sum_rows_kernel": (1, 1),
     "_update_kernel": (2, 1),
     "_fill_kernel": (0, 1),
-    "_initial_rows_kernel": (0, 1),
+    "_fill_missing_kernel": (0, 1),
     "_split_kernel": (1, 1),
 }
 
@@ -81,12 +88,14 @@ def test_no_combination_of_choices_launches_anything_else() -> None:
     """Choices are not multiplied where they do not meet; this multiplies some of them. Splits have both a capacity and
     a row width, and are known to be listed in part."""
     choices = itertools.product(
-        width_classes(), EMBEDDING_DTYPES, OptimizerKind, BUCKET_CAPACITIES, DynamicEmbEvictStrategy, (1, 700, 70_000)
-    )
+        width_classes(), EMBEDDING_DTYPES, OptimizerKind, BUCKET_CAPACITIES, DynamicEmbEvictStrategy, (1, 700, 70_000),
+        DynamicEmbInitializerMode,
+    )  # fmt: skip
     chosen = random.Random(0).sample(list(choices), 60)
     with recorded_launches() as launches:
-        for dim, dtype, optimizer, capacity, strategy, batch in chosen:
-            group_step(RowLayout(dim, dtype, optimizer), capacity, strategy, batch)
+        for dim, dtype, optimizer, capacity, strategy, batch, mode in chosen:
+            initializer = DynamicEmbInitializerArgs(mode, lower=-1.0, upper=1.0)
+            group_step(RowLayout(dim, dtype, optimizer), capacity, strategy, batch, initializer=initializer)
     assert len(launches) > 200
     assert {launch.kernel for launch in set(launches) - set(every_launch())} <= {"_split_kernel"}
 
@@ -120,9 +129,10 @@ def test_no_kernel_spills() -> None:
 
 def test_registers_stay_below_ceilings() -> None:
     """And close: a kernel for which more warps fit than its ceiling and one step ask for has earned a lower one."""
-    most = dict.fromkeys(sorted(kernels()), 0)
+    most: dict[str, int] = {}
     for launch, architecture in compilations():
-        most[launch.kernel] = max(most[launch.kernel], code_of(launch, architecture).registers)
+        name = variant(launch)
+        most[name] = max(most.get(name, 0), code_of(launch, architecture).registers)
     assert most.keys() == CEILINGS.keys()
     for kernel, used in most.items():
         assert used <= CEILINGS[kernel].registers, kernel
@@ -142,7 +152,15 @@ def test_programs_that_a_launch_counts_on_are_resident() -> None:
             resident = ARCHITECTURES[architecture].resident_warps(code.registers, code.shared_bytes, code.warps)
             assert 0 < resident_programs(options["num_warps"], options["maxnreg"]) * code.warps <= resident, launch
             seen.add(launch.kernel)
-    assert seen == {"_find_kernel", "_insert_kernel", "_fill_kernel", "_update_kernel", "_sum_rows_kernel"}
+    sharing = {
+        "_find_kernel",
+        "_insert_kernel",
+        "_fill_kernel",
+        "_fill_missing_kernel",
+        "_update_kernel",
+        "_sum_rows_kernel",
+    }
+    assert seen == sharing
 
 
 def moves_rows(launch: Launch) -> bool:
@@ -180,7 +198,7 @@ def test_rows_move_128_bits_at_a_time(kernel: str) -> None:
             assert moved * threads >= tiles * tile_bytes, f"{launch}: {accesses}"
 
 
-@pytest.mark.parametrize("kernel", ["_fill_kernel", "_initial_rows_kernel", "_begin_update_kernel", "_update_kernel"])
+@pytest.mark.parametrize("kernel", ["_fill_kernel", "_fill_missing_kernel", "_begin_update_kernel", "_update_kernel"])
 def test_arithmetic_is_not_fused(kernel: str) -> None:
     """A fused multiply-add rounds once where the CPU engine rounds twice."""
     for launch in some_launches():

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from dynamicemb.kernels.fill import FillMode, fill, initial_rows
+from dynamicemb.kernels.fill import FillMode, fill, fill_missing
 from dynamicemb.kernels.fill.cpu import quantile
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
 from dynamicemb.kernels.views import InitializerView, KeyStatus
 from tests import oracle_values, tolerances
+from tests.kernels.first_rows import initial_rows
 from tests.kernels.keys import EXTREME_KEYS
 from tests.kernels.memory import GroupMemory
 from tests.kernels.paired import distinct, int32, int64
@@ -41,8 +42,9 @@ def initializers(*tables: tuple[int, FillMode, tuple[float, ...], float]) -> Ini
     """(seed, mode, parameters, first value of states) of each table."""
     seeds, modes, parameters, states = zip(*tables)
     return InitializerView(
-        int64(seeds), int32(modes), torch.tensor(parameters, dtype=torch.float64), torch.tensor(states)
-    )
+        int64(seeds), int32(modes), torch.tensor(parameters, dtype=torch.float64), torch.tensor(states),
+        any_normal=FillMode.NORMAL in modes or FillMode.TRUNCATED_NORMAL in modes,
+    )  # fmt: skip
 
 
 def expected_rows(keys: list[int], seed: int, mode: FillMode, dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -101,6 +103,17 @@ def test_many_rows_in_two_threads(two_threads: None) -> None:
 def test_no_rows() -> None:
     init = initializers((3, FillMode.NORMAL, PARAMETERS[FillMode.NORMAL], 0.0))
     assert initial_rows(int64([]), int32([]), init, 8, torch.float32).shape == (0, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_keys_that_have_a_slot_stay(dtype: torch.dtype) -> None:
+    """Whatever the slot: only that it is one counts."""
+    init = initializers((5, FillMode.UNIFORM, PARAMETERS[FillMode.UNIFORM], 0.0))
+    keys, slots = list(range(50)), int64([-1 if key % 3 else key << 40 for key in range(50)])
+    rows = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    expected = torch.where((slots < 0)[:, None], expected_rows(keys, 5, FillMode.UNIFORM, 20, dtype), rows)
+    fill_missing(rows, int64(keys), int32([0] * 50), slots, init, dtype)
+    assert torch.equal(rows, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from dynamicemb.kernels.dedup import dedup
-from dynamicemb.kernels.fill import FillMode, fill, initial_rows
+from dynamicemb.kernels.fill import FillMode, fill
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.insert import insert
@@ -19,6 +19,7 @@ from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
 from dynamicemb.kernels.views import InitializerView, KeyStatus, Scores, UniqueKeys
 from tests import oracle
 from tests.exploring import examples
+from tests.kernels.first_rows import initial_rows
 from tests.kernels.keys import key_pool
 from tests.kernels.memory import GroupMemory
 from tests.kernels.paired import PairedGroup, int64
@@ -150,6 +151,7 @@ def test_a_million_random_keys() -> None:
         torch.tensor([FillMode.UNIFORM], dtype=torch.int32),
         torch.tensor([[-1.0, 1.0, 0.0, 0.0]], dtype=torch.float64),
         torch.zeros(1),
+        any_normal=False,
     )
 
     def slots_of(unique: UniqueKeys) -> torch.Tensor:

@@ -15,12 +15,15 @@ from dynamicemb.kernels.launch import Launch, intercepted
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.update import HyperparameterColumn
+from tests.kernels.first_rows import initial_rows
 from tests.kernels.group_state import Twins, both_engines
 from tests.kernels.triton_host import INTERPRETED, MARKS
 
 pytestmark = MARKS
 
-SHARING = {"_find_kernel", "_insert_kernel", "_fill_kernel", "_update_kernel", "_sum_rows_kernel"}
+SHARING = {
+    "_find_kernel", "_insert_kernel", "_fill_kernel", "_fill_missing_kernel", "_update_kernel", "_sum_rows_kernel",
+}  # fmt: skip
 #: Positions of a batch, nearly all of them distinct. Tiles have 248 entries at most, so there are more than three.
 BATCH = 800
 
@@ -44,7 +47,7 @@ def sharing(change: Callable[[Launch], Launch]) -> Iterator[list[Launch]]:
 
 
 def train_on_both() -> None:
-    """Find, insert and fill, sums and an update."""
+    """Find, insert and fill, sums and an update, and the rows of missing keys."""
     layout = RowLayout(4, torch.float32, OptimizerKind.SGD)
     pair = Twins([TableGeometry.create(512, 512, 8)], layout)
     generator = torch.Generator().manual_seed(0)
@@ -55,6 +58,8 @@ def train_on_both() -> None:
     assert torch.equal(actual.cpu(), expected)
     hyperparameters = torch.full((1, len(HyperparameterColumn)), 0.5, dtype=torch.float64)
     pair.update(batch, gradients, hyperparameters, torch.tensor([1]))
+    expected, actual = both_engines(initial_rows, keys, tables, pair.initializers, layout.dim, torch.float32)
+    assert torch.equal(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize("programs", [1, None, 50])

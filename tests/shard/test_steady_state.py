@@ -9,6 +9,7 @@ has not been synced costs a wait of torchrec's own, which asks the device how to
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -230,6 +231,20 @@ def test_as_many_kernels_for_any_number_of_tables_and_features(world_size: int) 
     collectives = {"forward": 3, "backward": 1, "evaluation": 3}
     for phase, count in collectives.items():
         assert one[phase].count("all_to_all") == (count if world_size == 2 else 0), phase
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_initializer_costs_one_kernel(world_size: int) -> None:
+    """In evaluation; training does not know of it."""
+    tables, batch = [table(name) for name in names(3)], batch_of(names(3))
+    seen = []
+    for options in ({}, {name: {"eval_initializer_args": NORMAL} for name in names(3)}):
+        model = sharded(tables, options, world_size)
+        phases(model, batch)
+        seen.append({phase: Counter(step.kernels) for phase, step in phases(model, batch).items()})
+    zeros, values = seen
+    zeros["evaluation"]["triton._fill_missing_kernel"] += 1
+    assert values == zeros
 
 
 def operations_on_gloo(rank: int, world_size: int) -> list[tuple[list[str], int]]:

@@ -12,7 +12,7 @@ import torch
 from dynamicemb import DynamicEmbInitializerArgs, DynamicEmbInitializerMode
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.options import EMBEDDING_DTYPES
-from dynamicemb.table.initializers import philox_key
+from dynamicemb.table.initializers import initializer_view, philox_key
 from dynamicemb.table.optimizers import OptimizerConfig
 from tests import oracle_values
 from tests.table.groups import config, group_of, keys_and_tables
@@ -73,6 +73,18 @@ def test_first_rows(mode: DynamicEmbInitializerMode, dtype: torch.dtype) -> None
     assert torch.equal(group.eval_lookup(*keys_and_tables(KEYS)), expected), "promised"
     rows, _ = group.train_lookup(*keys_and_tables(KEYS))
     assert rows.dtype is torch.float32 and torch.equal(rows, expected), "inserted"
+
+
+@pytest.mark.parametrize("other", list(DynamicEmbInitializerMode))
+@pytest.mark.parametrize("mode", list(DynamicEmbInitializerMode))
+def test_the_host_knows_whether_a_table_is_normal(
+    mode: DynamicEmbInitializerMode, other: DynamicEmbInitializerMode
+) -> None:
+    """One such table is enough; without its quantile, kernels of the GPU engine would write wrong rows."""
+    arguments = [DynamicEmbInitializerArgs(mode=mode, lower=-1.0, upper=2.0) for mode in (mode, other)]
+    view = initializer_view(["a", "b"], [0, 0], arguments, [0.0, 0.0], torch.device("cpu"))
+    normal = {DynamicEmbInitializerMode.NORMAL, DynamicEmbInitializerMode.TRUNCATED_NORMAL}
+    assert view.any_normal is not normal.isdisjoint({mode, other})
 
 
 @pytest.mark.parametrize(("mean", "value"), [(0.5, 0.5), (9.0, 2.0), (-9.0, -1.0)])

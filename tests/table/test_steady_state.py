@@ -84,6 +84,14 @@ def test_as_many_kernels_for_any_number_of_tables(
     assert any(kernel.startswith("triton.") for kernel in one)
 
 
+@pytest.mark.parametrize("tables", [1, 3])
+def test_an_evaluation_initializer_costs_one_kernel(tables: int) -> None:
+    """Which looks for missing keys among the slots; rows of keys that are there are not touched again."""
+    zeros = step(evaluate, group_of(tables)).kernels
+    values = step(evaluate, group_of(tables, eval_initializer=NORMAL)).kernels
+    assert values == [*zeros, "triton._fill_missing_kernel"]
+
+
 def test_a_table_that_has_room_to_grow_and_need_not_does_not_wait() -> None:
     group = group_of(capacity=64 * KEYS, init_capacity=8 * KEYS, max_load_factor=0.5)
     assert group.storage.geometries[0].can_grow

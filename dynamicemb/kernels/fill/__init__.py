@@ -18,7 +18,7 @@ import torch
 from dynamicemb.kernels.engine import implementation
 from dynamicemb.kernels.views import GroupView, InitializerView, UniqueKeys
 
-__all__ = ["DEBUG_MODULUS", "FillMode", "fill", "initial_rows"]
+__all__ = ["DEBUG_MODULUS", "FillMode", "fill", "fill_missing"]
 
 DEBUG_MODULUS = 100_000
 
@@ -67,19 +67,25 @@ def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch
     implementation(__name__, view.device).fill(view, unique, slots, status, init)
 
 
-def initial_rows(
-    keys: torch.Tensor, tables: torch.Tensor, init: InitializerView, dim: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The embeddings that these keys would begin with in tables that store rows of ``dtype``, without storing anything.
+def fill_missing(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    tables: torch.Tensor,
+    slots: torch.Tensor,
+    init: InitializerView,
+    dtype: torch.dtype,
+) -> None:
+    """Writes, for every key that has no slot, the embedding that it would begin with; all other rows stay as they are.
 
     Args:
+        rows: float32 [N, dim], contiguous, dim a multiple of 4; changes.
         keys: int64 [N], repetitions allowed.
         tables: int32 [N].
+        slots: int64 [N], slot handles; negative where the key is missing.
         init: the tables' initializers.
-        dim: columns, a multiple of 4.
-        dtype: float32, float16 or bfloat16, the precision to round to.
+        dtype: float32, float16 or bfloat16: the precision that the tables store rows in, to which values are rounded.
 
-    Returns:
-        float32 [N, dim]. Does not synchronise.
+    Does not synchronise. Where no key is missing it reads the slots and nothing else.
     """
-    return implementation(__name__, keys.device).initial_rows(keys, tables, init, dim, dtype)
+    assert rows.is_contiguous() and rows.dtype == torch.float32
+    implementation(__name__, rows.device).fill_missing(rows, keys, tables, slots, init, dtype)

@@ -21,7 +21,7 @@ from dynamicemb.kernels.fill import (
 )
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
 from dynamicemb.kernels.numba_support import as_float32, inline, kernel, parallel_for
-from dynamicemb.kernels.rows_cpu import DTYPE_CODES, read_row, write_row
+from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, read_row, write_row
 from dynamicemb.kernels.views import AddressRow, GroupView, InitializerView, KeyStatus, UniqueKeys
 
 _ROWS = np.int64(AddressRow.ROWS)
@@ -139,16 +139,19 @@ def _fill(
 
 
 @kernel
-def _initial_rows(start, stop, keys, tables, seeds, modes, parameters, code, out):
-    dim = out.shape[1]
+def _fill_missing(start, stop, rows, keys, tables, slots, seeds, modes, parameters, code):
+    dim = rows.shape[1]
     rounded = np.empty(dim, np.float32)  # room enough for any dtype
     rounded_address = np.int64(rounded.ctypes.data)
     for i in range(start, stop):
+        if slots[i] >= 0:
+            continue
         table = tables[i]
-        first_values(keys[i], seeds[table], modes[table], parameters[table], out[i])
-        row_address = np.int64(out.ctypes.data) + i * dim * 4
-        write_row(rounded_address, code, row_address, dim)
-        read_row(rounded_address, code, row_address, dim)
+        first_values(keys[i], seeds[table], modes[table], parameters[table], rows[i])
+        if code != FLOAT32:
+            row_address = np.int64(rows.ctypes.data) + i * dim * 4
+            write_row(rounded_address, code, row_address, dim)
+            read_row(rounded_address, code, row_address, dim)
 
 
 def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch.Tensor, init: InitializerView) -> None:
@@ -161,12 +164,11 @@ def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch
     )  # fmt: skip
 
 
-def initial_rows(
-    keys: torch.Tensor, tables: torch.Tensor, init: InitializerView, dim: int, dtype: torch.dtype
-) -> torch.Tensor:
-    out = torch.empty(keys.numel(), dim, dtype=torch.float32)
+def fill_missing(
+    rows: torch.Tensor, keys: torch.Tensor, tables: torch.Tensor, slots: torch.Tensor, init: InitializerView,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     parallel_for(
-        _initial_rows, keys.numel(), keys.numpy(), tables.numpy(), init.seeds.numpy(), init.modes.numpy(),
-        init.parameters.numpy(), DTYPE_CODES[dtype], out.numpy(),
+        _fill_missing, keys.numel(), rows.numpy(), keys.numpy(), tables.numpy(), slots.numpy(), init.seeds.numpy(),
+        init.modes.numpy(), init.parameters.numpy(), DTYPE_CODES[dtype],
     )  # fmt: skip
-    return out

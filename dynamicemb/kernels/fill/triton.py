@@ -1,7 +1,8 @@
 """First values on the GPU: Philox and float64 arithmetic, each operation rounded as the CPU engine rounds it.
 
 Launched without fused multiply-adds. One Philox block gives four columns, so a program works on blocks and interleaves
-their words. The normal quantile, the only costly part, runs only where a program has a key that needs it.
+their words. The normal quantile, the only costly part, is compiled in where a table of the group needs it, and runs
+where a program has a key that does.
 """
 
 from __future__ import annotations
@@ -63,11 +64,16 @@ _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
 _TWO_TO_54 = tl.constexpr(2.0**54)
 _LEAST_NORMAL = tl.constexpr(2.0**-1022)
 
-# Division and square root in float64 are subroutines with registers of their own, and the loops need some more. With
-# 128 some go to memory; with 168 none, and an SM still holds three programs.
-_REGISTERS = 168
-# Outcomes that a program reads at a time: most often none of them is new, and that is all that it does.
-_TILE = 128
+# One warp for a row, so that no warp waits for another one's rows.
+_WARPS = 1
+# An SM holds 32 programs, so 32 warps, with up to 64 registers for each thread: fewer would bring no more of them.
+_REGISTERS = 64
+# Division and square root in float64, which the normal quantile needs, are subroutines with registers of their own.
+# Programs of several narrow rows need some more, for the parameters of each.
+_NORMAL_REGISTERS, _NARROW_NORMAL_REGISTERS = 128, 168
+# Entries that a program looks at together: most often there is nothing to do for any of them. Two for each thread; with
+# more, too few programs would share the rows of a batch in which all keys are new.
+_TILE = 64
 
 
 @triton.jit
@@ -125,8 +131,10 @@ def _quantile(p):
 
 
 @triton.jit
-def _first_values(init_seeds, init_modes, init_parameters, keys, tables, mask, COLUMNS: tl.constexpr):
-    """float32 [R, COLUMNS], the rows that ``keys`` begin with."""
+def _first_values(
+    init_seeds, init_modes, init_parameters, keys, tables, mask, COLUMNS: tl.constexpr, NORMAL: tl.constexpr
+):  # fmt: skip
+    """float32 [R, COLUMNS], the rows that ``keys`` begin with. NORMAL: whether any table takes the quantile."""
     seeds = tl.load(init_seeds + tables, mask=mask, other=0).to(tl.uint64, bitcast=True)[:, None]
     modes = tl.load(init_modes + tables, mask=mask, other=_CONSTANT)[:, None]
     parameters = init_parameters + tables * 4
@@ -143,12 +151,13 @@ def _first_values(init_seeds, init_modes, init_parameters, keys, tables, mask, C
     u = (words.to(tl.float64) + 0.5) * _TWO_TO_MINUS_32
 
     values = p0 + (p1 - p0) * u
-    normal = (modes == _NORMAL) | (modes == _TRUNCATED_NORMAL)
-    if tl.max(normal.to(tl.int32)) > 0:
-        p2 = tl.load(parameters + 2, mask=mask, other=0.0)[:, None]
-        p3 = tl.load(parameters + 3, mask=mask, other=0.0)[:, None]
-        p = tl.where(modes == _TRUNCATED_NORMAL, p2 + (p3 - p2) * u, u)
-        values = tl.where(normal, p0 + p1 * _quantile(p), values)
+    if NORMAL:
+        normal = (modes == _NORMAL) | (modes == _TRUNCATED_NORMAL)
+        if tl.max(normal.to(tl.int32)) > 0:
+            p2 = tl.load(parameters + 2, mask=mask, other=0.0)[:, None]
+            p3 = tl.load(parameters + 3, mask=mask, other=0.0)[:, None]
+            p = tl.where(modes == _TRUNCATED_NORMAL, p2 + (p3 - p2) * u, u)
+            values = tl.where(normal, p0 + p1 * _quantile(p), values)
     values = tl.where(modes == _CONSTANT, p0, values)
     remainder = keys % _DEBUG_MODULUS
     remainder = tl.where(remainder < 0, remainder + _DEBUG_MODULUS, remainder)[:, None].to(tl.float64)
@@ -165,6 +174,7 @@ def _fill_kernel(
     addresses, count, keys, tables, slots, status, init_seeds, init_modes, init_parameters, init_states, chunks,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, DTYPE: tl.constexpr,
     STATE_OFFSET: tl.constexpr, STATE_WIDTH: tl.constexpr, STATE_COLUMNS: tl.constexpr, TILE: tl.constexpr,
+    NORMAL: tl.constexpr,
 ):  # fmt: skip
     entries = tl.load(count)
     tile = tl.program_id(0).to(tl.int64) * TILE
@@ -179,7 +189,7 @@ def _fill_kernel(
                 key = tl.load(keys + entry, mask=new, other=0)
                 table = tl.load(tables + entry, mask=new, other=0)
                 slot = tl.load(slots + entry, mask=new, other=0)
-                values = _first_values(init_seeds, init_modes, init_parameters, key, table, new, COLUMNS)
+                values = _first_values(init_seeds, init_modes, init_parameters, key, table, new, COLUMNS, NORMAL)
                 columns = tl.arange(0, COLUMNS)
                 rows = row_pointers(addresses, chunks, slot, new, ROW_BYTES, DTYPE)
                 write_row(rows[:, None] + columns[None, :], values, new[:, None] & (columns < DIM)[None, :], DTYPE)
@@ -195,49 +205,61 @@ def _fill_kernel(
 
 
 @triton.jit(do_not_specialize=["total"])
-def _initial_rows_kernel(
-    keys, tables, init_seeds, init_modes, init_parameters, out, total, DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, DTYPE: tl.constexpr,
+def _fill_missing_kernel(
+    out, keys, tables, slots, init_seeds, init_modes, init_parameters, total, DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, DTYPE: tl.constexpr, TILE: tl.constexpr, NORMAL: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = at < total
-    key = tl.load(keys + at, mask=inside, other=0)
-    table = tl.load(tables + at, mask=inside, other=0)
-    values = _first_values(init_seeds, init_modes, init_parameters, key, table, inside, COLUMNS)
-    columns = tl.arange(0, COLUMNS)
-    mask = inside[:, None] & (columns < DIM)[None, :]
-    tl.store(out + (at * DIM)[:, None] + columns[None, :], rounded_to(values, DTYPE), mask=mask)
+    tile = tl.program_id(0).to(tl.int64) * TILE
+    while tile < total:
+        seen = tl.load(slots + tile + tl.arange(0, TILE), mask=tile + tl.arange(0, TILE) < total, other=0)
+        end = tl.where(tl.min(seen, axis=0) < 0, tl.minimum(tile + TILE, total), tile)
+        first = tile
+        while first < end:
+            at = first + tl.arange(0, ROWS)
+            missing = tl.load(slots + at, mask=at < total, other=0) < 0
+            if tl.max(missing.to(tl.int32), axis=0) > 0:
+                key = tl.load(keys + at, mask=missing, other=0)
+                table = tl.load(tables + at, mask=missing, other=0)
+                values = _first_values(init_seeds, init_modes, init_parameters, key, table, missing, COLUMNS, NORMAL)
+                columns = tl.arange(0, COLUMNS)
+                mask = missing[:, None] & (columns < DIM)[None, :]
+                tl.store(out + (at * DIM)[:, None] + columns[None, :], rounded_to(values, DTYPE), mask=mask)
+            first += ROWS
+        tile += tl.num_programs(0).to(tl.int64) * TILE
 
 
-def _options(dim: int) -> LaunchOptions:
-    return LaunchOptions(row_warps(dim), _REGISTERS, enable_fp_fusion=False)
+def _tiles(dim: int, init: InitializerView) -> tuple[int, int, LaunchOptions]:
+    """Rows that a program writes at a time, entries that it looks at together, and how it is compiled."""
+    rows = row_tile(dim, warps=_WARPS)
+    registers = _REGISTERS
+    if init.any_normal:
+        registers = _NORMAL_REGISTERS if rows == 1 else _NARROW_NORMAL_REGISTERS
+    return rows, max(rows, _TILE), LaunchOptions(row_warps(dim, warps=_WARPS), registers, enable_fp_fusion=False)
 
 
 def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch.Tensor, init: InitializerView) -> None:
     layout = view.layout
-    entries = unique.keys.numel()
-    rows, options = row_tile(layout.dim), _options(layout.dim)
-    tile = max(rows, _TILE)
-    programs = grid_stride_programs(triton.cdiv(entries, tile), slots, options)
+    rows, tile, options = _tiles(layout.dim, init)
+    programs = grid_stride_programs(triton.cdiv(unique.keys.numel(), tile), slots, options)
     launch(
         _fill_kernel, programs, view.addresses, unique.count, unique.keys, unique.tables, slots,
         status, init.seeds, init.modes, init.parameters, init.states, view.addresses.shape[1], DIM=layout.dim,
         COLUMNS=column_tile(layout.dim), ROWS=rows, ROW_BYTES=layout.row_bytes,
         DTYPE=DTYPE_CODES[layout.embedding_dtype], STATE_OFFSET=layout.state_offset_bytes,
         STATE_WIDTH=layout.state_width, STATE_COLUMNS=column_tile(max(layout.state_width, 1)),
-        TILE=tile, options=options,
+        TILE=tile, NORMAL=init.any_normal, options=options,
     )  # fmt: skip
 
 
-def initial_rows(
-    keys: torch.Tensor, tables: torch.Tensor, init: InitializerView, dim: int, dtype: torch.dtype
-) -> torch.Tensor:
-    total = keys.numel()
-    out = torch.empty(total, dim, dtype=torch.float32, device=keys.device)
-    rows = row_tile(dim)
+def fill_missing(
+    rows: torch.Tensor, keys: torch.Tensor, tables: torch.Tensor, slots: torch.Tensor, init: InitializerView,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    total, dim = rows.shape
+    rows_at_once, tile, options = _tiles(dim, init)
     launch(
-        _initial_rows_kernel, triton.cdiv(total, rows), aligned(keys), aligned(tables), init.seeds, init.modes,
-        init.parameters, out, total, DIM=dim, COLUMNS=column_tile(dim), ROWS=rows, DTYPE=DTYPE_CODES[dtype],
-        options=_options(dim),
+        _fill_missing_kernel, grid_stride_programs(triton.cdiv(total, tile), slots, options), rows, aligned(keys),
+        aligned(tables), aligned(slots), init.seeds, init.modes, init.parameters, total, DIM=dim,
+        COLUMNS=column_tile(dim), ROWS=rows_at_once, DTYPE=DTYPE_CODES[dtype], TILE=tile, NORMAL=init.any_normal,
+        options=options,
     )  # fmt: skip
-    return out
