@@ -16,6 +16,7 @@ import torch
 
 from ahead_of_time.launches import Launch, recorded_launches
 from dynamicemb.kernels.dedup import dedup
+from dynamicemb.kernels.gather import gather_rows
 from dynamicemb.kernels.hashing import mix64, owners
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 from dynamicemb.kernels.segment_sum import segment_sum
@@ -60,7 +61,7 @@ class Choices:
     Attributes:
         layouts: of rows, each with every operation.
         capacities: of buckets, each with every eviction strategy.
-        gradient_dims: columns of gradients, each with every dtype.
+        gradient_dims: columns of gradients, and of rows that travelled, each with every dtype.
     """
 
     layouts: tuple[RowLayout, ...]
@@ -108,7 +109,7 @@ def launches_of(choices: Choices) -> list[Launch]:
         for capacity, strategy in itertools.product(choices.capacities, DynamicEmbEvictStrategy):
             group_step(USUAL_LAYOUT, capacity, strategy)
         for dim, dtype in itertools.product(choices.gradient_dims, EMBEDDING_DTYPES):
-            _gradient_sums(dim, dtype)
+            _duplicates(dim, dtype)
         _long_batches()
     return launches
 
@@ -175,9 +176,11 @@ def _hashing_and_dedup() -> None:
             dedup(_meta(batch), _meta(batch, dtype=torch.int32), tables, WORLD_SIZE)
 
 
-def _gradient_sums(dim: int, dtype: torch.dtype) -> None:
-    """Sums on their own, and in front of an optimizer's step, which knows nothing of their dtype."""
+def _duplicates(dim: int, dtype: torch.dtype) -> None:
+    """Rows of distinct keys to those of a batch, the sums on the way back, and sums in front of an optimizer's step,
+    which knows nothing of their dtype."""
     for batch in BATCHES:
+        gather_rows(_meta(batch, dim, dtype=dtype), _meta(batch))
         unique = dedup(_meta(batch), _meta(batch, dtype=torch.int32), 1, WORLD_SIZE)
         segment_sum(_meta(batch), unique)
         segment_sum(_meta(batch, dim, dtype=dtype), unique)

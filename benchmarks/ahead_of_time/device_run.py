@@ -22,7 +22,7 @@ from gpu.tables import DynamicTables
 
 from dynamicemb.kernels.dedup import dedup as deduplicate
 from dynamicemb.kernels.find import find
-from dynamicemb.kernels.gather import gather
+from dynamicemb.kernels.gather import gather, gather_rows
 from dynamicemb.kernels.hashing import mix64, owners
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 from dynamicemb.kernels.segment_sum import segment_sum
@@ -183,6 +183,7 @@ def _live(configs: Sequence[TableConfig], world_size: int) -> None:
             group.apply_gradients(lookup, rows)
             segment_sum(rows, lookup.unique)
             segment_sum(_meta(entries), lookup.unique)
+            gather_rows(rows.to(group.storage.layout.embedding_dtype), lookup.unique.inverse)
         group.eval_lookup(batch.ids, batch.tables)
     for number, config in enumerate(configs):
         if config.max_capacity > SLOTS:

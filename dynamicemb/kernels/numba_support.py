@@ -106,15 +106,15 @@ def parallel_for(
             helper.result()
 
 
-def empty_rows(rows: int, dim: int) -> torch.Tensor:
-    """float32 [rows, dim], undefined. Large ones begin where a huge page does, and NumPy asks the system for such
-    pages: with small ones, the page faults of a fresh result can take longer than filling it."""
-    num_bytes = rows * dim * 4
+def empty_rows(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[rows, dim], undefined. Large ones begin where a huge page does, and NumPy asks the system for such pages: with
+    small ones, the page faults of a fresh result can take longer than filling it."""
+    num_bytes = rows * dim * dtype.itemsize
     if num_bytes < 2 * _HUGE_PAGE_BYTES:
-        return torch.empty(rows, dim, dtype=torch.float32)
+        return torch.empty(rows, dim, dtype=dtype)
     memory = np.empty(num_bytes + _HUGE_PAGE_BYTES, np.uint8)
     first = -memory.ctypes.data % _HUGE_PAGE_BYTES
-    return torch.from_numpy(memory[first : first + num_bytes].view(np.float32).reshape(rows, dim))
+    return torch.from_numpy(memory[first : first + num_bytes]).view(dtype).view(rows, dim)
 
 
 def _pointer_to(element: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Optional
 import torch
 from torch.autograd.function import once_differentiable
 
+from dynamicemb.kernels.gather import gather_rows
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.views import UniqueKeys
 from dynamicemb.table.eager import eager
@@ -112,7 +113,7 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
         ctx.save_for_backward(*unique.tensors())
-        return rows.index_select(0, unique.inverse)
+        return gather_rows(rows, unique.inverse)
 
     @staticmethod
     @eager
@@ -125,7 +126,7 @@ def expand(rows: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     """The row of each key of a batch.
 
     Args:
-        rows: float [U, dim], a row for each distinct key.
+        rows: float32, float16 or bfloat16 [U, dim], a row for each distinct key.
         unique: the batch.
 
     Returns:

@@ -1,5 +1,5 @@
 """The whole life of a group of tables, on two engines: it fills and grows, evicts at capacity, meets keys that repeat,
-refuses some, evaluates absent ones, and has lookups that overlap."""
+refuses some, evaluates absent ones, expands rows from elsewhere, and has lookups that overlap."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def _live(case: Case, feed: Feed, twins: Twins) -> Twins:
     rows = twins.evaluate(feed.half_absent())
     # A group of several tables has an evaluation initializer.
     assert rows.any(1).all() if case.tables > 1 else not rows[::2].any()
-    twins.compare("after an evaluation")
+    for kind in (feed.skewed, feed.dominated, feed.empty):
+        twins.expand(kind())
+    twins.compare("after lookups that change nothing")
 
     # The second lookup evicts keys of the first.
     first, second = twins.lookup(feed.crowded(1)), twins.lookup(feed.crowded(2))

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.layout import OptimizerKind
-from dynamicemb.table.function import lookup
+from dynamicemb.kernels.segment_sum import segment_sum
+from dynamicemb.table.function import expand, lookup
 from dynamicemb.table.group import TableGroup
 from tests.gpu.batches import Batch
 from tests.gpu.cases import Case
@@ -70,6 +72,22 @@ class Twins:
             actual = self.actual.eval_lookup(there.keys, there.tables)
         assert_same_bits(expected, actual, "rows of an evaluation lookup")
         return expected
+
+    def expand(self, batch: Batch) -> None:
+        """Rows of distinct keys to those of the batch, and sums of them back: what ranks do with each other's rows."""
+        layout = self.expected.storage.layout
+        rows = torch.randn(batch.keys.numel(), layout.dim, generator=torch.Generator().manual_seed(len(batch.keys)))
+        expected = self._expanded(batch, self.expected, rows)
+        with self._scale.engine():
+            actual = self._expanded(batch.to(self._scale.device), self.actual, rows.to(self._scale.device))
+        for wanted, got, what in zip(expected, actual, ("expanded rows", "sums of rows"), strict=True):
+            assert_same_bits(wanted, got, what)
+
+    @staticmethod
+    def _expanded(batch: Batch, group: TableGroup, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        unique = dedup(batch.keys, batch.tables, len(group.configs), group.world_size)
+        expanded = expand(rows.to(group.storage.layout.embedding_dtype), unique)
+        return expanded, segment_sum(rows, unique)[: int(unique.count)]
 
     def set_scores(self, score: int) -> None:
         """What CUSTOMIZED gives to the keys of the lookups that follow."""

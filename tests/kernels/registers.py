@@ -39,6 +39,7 @@ CEILINGS = {
     "_fill_kernel, quantile": Ceiling(12, "divisions in float64 are subroutines with registers of their own"),
     "_tally_kernel": Ceiling(40, "eight keys for each thread, and four sums"),
     "_gather_kernel": Ceiling(40, "64 bytes of rows under way in each thread, and their addresses"),
+    "_gather_rows_kernel": Ceiling(64, "as for _gather_kernel, with one address for each row"),
     "_block_sums_kernel": Ceiling(20, "as for _sum_rows_kernel"),
     "_begin_update_kernel": Ceiling(20, "as for _block_sums_kernel, which it does besides counting"),
     "_update_kernel": Ceiling(16, "as for _sum_rows_kernel"),

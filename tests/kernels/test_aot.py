@@ -66,6 +66,7 @@ STEP_OF_WARPS = 4
 #: Row tiles that a kernel reads and writes at least, where everything is float32. An update reads gradients and rows.
 ROW_TRAFFIC = {
     "_gather_kernel": (1, 1),
+    "_gather_rows_kernel": (1, 1),
     "_block_sums_kernel": (1, 1),
     "_begin_update_kernel": (1, 1),
     "_sum_rows_kernel": (1, 1),
@@ -176,7 +177,8 @@ def row_tile_and_width(launch: Launch, threads: int) -> tuple[int, int]:
     constants = dict(launch.constants)
     if launch.kernel == "_split_kernel":
         return constants["SLOTS"] * constants["WORDS"] * 4, 16
-    value_bytes = 2 if constants.get("DTYPE", 0) or constants.get("GRADIENT_DTYPE", 0) else 4
+    halves = constants.get("DTYPE") or constants.get("GRADIENT_DTYPE") or "*i16" in dict(launch.signature).values()
+    value_bytes = 2 if halves else 4
     tile_bytes = constants.get("ROWS", 1) * constants["COLUMNS"] * value_bytes
     return tile_bytes, min(16, tile_bytes // threads, (constants["DIM"] & -constants["DIM"]) * value_bytes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynamicemb.kernels.gather import gather
+from dynamicemb.kernels.gather import gather, gather_rows
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, TableGeometry
 from tests.kernels.memory import GroupMemory
 from tests.kernels.paired import int64
@@ -79,3 +79,34 @@ def test_many_rows_in_two_threads(two_threads: None) -> None:
     memory, slots, rows = memory_of(8, torch.float32, OptimizerKind.SGD)
     inverse = torch.arange(20_000) * 7919 % len(slots)
     assert torch.equal(gather(memory.view, slots, inverse), rows[inverse])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 3, *DIMS])
+def test_rows_of_a_tensor_are_those_of_index_select(dim: int, dtype: torch.dtype) -> None:
+    """Copied as they are, NaN included; the 1,024 columns make a result of several huge pages."""
+    generator = torch.Generator().manual_seed(dim)
+    rows = torch.randn(70, dim, generator=generator).to(dtype)
+    rows[3] = torch.nan
+    inverse = torch.randint(0, 70, (3000,), generator=generator)
+    out = gather_rows(rows, inverse)
+    assert out.dtype == dtype and out.is_contiguous()
+    assert torch.equal(out.view(torch.uint8), rows.index_select(0, inverse).view(torch.uint8))
+
+
+def test_rows_of_a_tensor_in_two_threads(two_threads: None) -> None:
+    rows = torch.arange(7 * 64.0).view(7, 64)
+    inverse = torch.arange(20_000) * 7919 % 7
+    assert torch.equal(gather_rows(rows, inverse), rows.index_select(0, inverse))
+
+
+def test_rows_of_a_tensor_that_is_a_part_of_another() -> None:
+    rows = torch.randn(8, 40)[1::2, 3:23]
+    assert torch.equal(gather_rows(rows, int64([3, 0, 0])), rows[[3, 0, 0]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_rows_of_a_tensor(rows: int, dtype: torch.dtype) -> None:
+    out = gather_rows(torch.empty(rows, 8, dtype=dtype), int64([]))
+    assert out.shape == (0, 8) and out.dtype == dtype

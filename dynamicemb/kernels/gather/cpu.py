@@ -8,7 +8,15 @@ import numpy as np
 import torch
 
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
-from dynamicemb.kernels.numba_support import PREFETCH_DISTANCE, as_float32, empty_rows, kernel, parallel_for, prefetch
+from dynamicemb.kernels.numba_support import (
+    PREFETCH_DISTANCE,
+    as_float32,
+    copy_bytes,
+    empty_rows,
+    kernel,
+    parallel_for,
+    prefetch,
+)
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, read_row
 from dynamicemb.kernels.views import AddressRow, GroupView
 
@@ -40,5 +48,23 @@ def gather(view: GroupView, slots: torch.Tensor, inverse: Optional[torch.Tensor]
         _gather, inverse.numel(), view.addresses.numpy(), np.int64(layout.row_bytes),
         np.int64(layout.dim * layout.embedding_dtype.itemsize), DTYPE_CODES[layout.embedding_dtype], slots.numpy(),
         inverse.numpy(), np.int64(layout.dim), np.int64(out.data_ptr()),
+    )  # fmt: skip
+    return out
+
+
+@kernel
+def _gather_rows(start, stop, rows, row_bytes, inverse, out):
+    for i in range(start, stop):
+        prefetch(rows + inverse[min(i + PREFETCH_DISTANCE, stop - 1)] * row_bytes, row_bytes)
+        copy_bytes(out + i * row_bytes, rows + inverse[i] * row_bytes, row_bytes)
+
+
+def gather_rows(rows: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    rows = rows.contiguous()
+    total, dim = inverse.numel(), rows.shape[1]
+    out = empty_rows(total, dim, rows.dtype)
+    parallel_for(
+        _gather_rows, total, np.int64(rows.data_ptr()), np.int64(dim * rows.element_size()), inverse.numpy(),
+        np.int64(out.data_ptr()),
     )  # fmt: skip
     return out
