@@ -10,7 +10,9 @@
 #   WORKERS      processes that `test` runs tests in; one for each processor, 4 at most, or 1 with a GPU, which they would
 #                share
 #   SEED         seed of `explore`; another each time
-#   ARGS         further arguments for `demo`, `test`, `test-gpu`, `explore`, `matrix`, `bench`, `bench-gpu` and `aot`
+#   BUNDLE_SCRIPT  makes the libraries of `gpu-bundle` instead: a Python program that is called with --out ARCHIVE
+#   ARGS         further arguments for `demo`, `test`, `test-gpu`, `explore`, `matrix`, `bench`, `bench-gpu`, `aot` and
+#                `gpu-bundle`
 
 PYTHON ?= python3
 STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -35,7 +37,7 @@ WORKERS ?= $(if $(filter cuda,$(STACK)),1,$(shell echo $$(( $(PROCESSORS) < 4 ? 
 PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),--numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder)
 SEED ?= $(shell $(PYTHON) -c 'import random; print(random.randrange(2**32))')
 
-.PHONY: help setup demo test test-gpu explore matrix check format bench bench-gpu aot clean
+.PHONY: help setup demo test test-gpu explore matrix check format bench bench-gpu aot gpu-bundle clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -104,6 +106,10 @@ bench-gpu: setup ## measure the GPU engine beside fbgemm's CUDA tables, in 8 min
 
 aot: setup ## compile every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU
 	$(BIN)/python benchmarks/aot.py $(ARGS)
+
+# Compiled by the version of Triton on the machine that it is for.
+gpu-bundle: setup $(OLDEST_TRITON) ## make .gpu, what a GPU machine without a network needs; again after a change to a kernel
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python benchmarks/gpu_bundle.py $(if $(BUNDLE_SCRIPT),--script $(BUNDLE_SCRIPT)) $(ARGS)
 
 clean: ## remove .venv and every cache
 	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

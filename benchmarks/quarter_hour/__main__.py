@@ -56,12 +56,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def environment(work: Path) -> dict[str, str]:
     """Of the processes: what was unpacked comes first, and whatever was on the path stays on it."""
-    folders = [str(work / "site"), str(ROOT), str(ROOT / "benchmarks")]
+    folders = [work / "libraries", work / "wheels", ROOT, ROOT / "benchmarks"]
     # An assembler other than Triton's own would change the keys of all compiled kernels.
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_PTXAS_PATH"}
     return {
         **kept,
-        "PYTHONPATH": os.pathsep.join(filter(None, [*folders, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, folders), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "TRITON_CACHE_DIR": str(work / "triton"),
     }
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     shutil.rmtree(results, ignore_errors=True)
     for folder in (out, results, work / "triton"):
         folder.mkdir(parents=True, exist_ok=True)
-    place = Place(options.bundle.resolve(), work / "site", results, options.dry_run)
+    place = Place(options.bundle.resolve(), work, results, options.dry_run)
     journal = Journal(out / "findings.jsonl", options.part)
     adopt_orphans()
     signal.signal(signal.SIGTERM, _interrupted)

@@ -25,13 +25,13 @@ class Place:
 
     Attributes:
         bundle: folder of the archives.
-        site: where libraries are unpacked to.
+        work: where it is unpacked.
         results: folder for files of results.
         dry: whether tiny sizes on the CPU are asked for.
     """
 
     bundle: Path
-    site: Path
+    work: Path
     results: Path
     dry: bool
 
@@ -47,8 +47,8 @@ def background(part: int, place: Place) -> list[Stage]:
 def stages(part: int, place: Place) -> list[Stage]:
     """One after the other."""
     unpack = Stage(
-        "unpack", _module("unpack", "--bundle", str(place.bundle), "--site", str(place.site)),
-        ("kernels", "libraries"), seconds=90,
+        "unpack", _module("unpack", "--bundle", str(place.bundle), "--work", str(place.work)),
+        ("kernels", "wheels", "libraries"), seconds=90,
     )  # fmt: skip
     return [unpack, *{1: _first, 2: _second, 3: _third}[part](place)]
 

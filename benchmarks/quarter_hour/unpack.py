@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import sys
 import tarfile
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .journal import FAILED, OK, SKIPPED, append_line
 
-__all__ = ["KERNELS", "LIBRARIES", "main"]
+__all__ = ["KERNELS", "LIBRARIES", "WHEELS", "main"]
 
-#: Archives in the folder of the bundle.
-LIBRARIES, KERNELS = "site.tar.xz", "kernels.tar.xz"
+#: Archives in the folder of the bundle, and a folder of wheels.
+LIBRARIES, KERNELS, WHEELS = "site.tar.xz", "kernels.tar.xz", "wheels"
 
 
 def _unpack_libraries(archive: Path, folder: Path) -> dict[str, Any]:
@@ -31,26 +33,47 @@ def _unpack_libraries(archive: Path, folder: Path) -> dict[str, Any]:
     return {"folder": str(folder), "packages": sorted(path.name for path in folder.iterdir() if path.is_dir())}
 
 
-def _install_kernels(archive: Path) -> dict[str, Any]:
+def _install_kernels(archive: Path, folder: Path) -> dict[str, Any]:
     from .kernel_cache import install  # imports Triton
 
     return vars(install(archive))
 
 
+def _unpack_wheels(wheels: Path, folder: Path) -> dict[str, Any]:
+    """Those of which a module cannot be found: the machine's own come first."""
+    needed = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as content:
+            tops = {name.partition("/")[0] for name in content.namelist() if name.endswith("/__init__.py")}
+            modules = [top for top in tops if top.isidentifier()] or [wheel.name.partition("-")[0]]
+            if all(importlib.util.find_spec(module) for module in modules):
+                continue
+            content.extractall(folder)
+            needed.append(wheel.name)
+    return {"missing here": needed}
+
+
+_UNPACK = {
+    "kernels": (KERNELS, _install_kernels),
+    "libraries": (LIBRARIES, _unpack_libraries),
+    "wheels": (WHEELS, _unpack_wheels),
+}
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="+", choices=("kernels", "libraries"))
+    parser.add_argument("names", nargs="+", choices=tuple(_UNPACK))
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--site", type=Path, required=True, metavar="DIR", help="where libraries go")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where libraries and wheels go")
     parser.add_argument("--findings", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
     for name in options.names:
-        start, archive = time.perf_counter(), options.bundle / {"kernels": KERNELS, "libraries": LIBRARIES}[name]
+        start, (place, unpack) = time.perf_counter(), _UNPACK[name]
+        archive = options.bundle / place
         record: dict[str, Any] = {"outcome": SKIPPED, "reason": f"there is no {archive}"}
         if archive.exists():
             try:
-                unpacked = _install_kernels(archive) if name == "kernels" else _unpack_libraries(archive, options.site)
-                record = {"outcome": OK, "figures": unpacked}
+                record = {"outcome": OK, "figures": unpack(archive, options.work / name)}
             except Exception as error:
                 record = {"outcome": FAILED, "reason": f"{type(error).__name__}: {error}"}
         append_line(options.findings, {"name": name, "seconds": round(time.perf_counter() - start, 2), **record})

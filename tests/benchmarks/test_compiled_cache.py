@@ -85,7 +85,7 @@ def launches():
 
 
 def test_a_first_run_on_a_gpu_launches_every_kernel() -> None:
-    """What is compiled ahead of it: of everything that the package can launch, the part that benchmarks and tests do."""
+    """What is compiled ahead of it: of all that the package can launch, the part that benchmarks and tests do."""
     with recorded_launches() as launches:
         device_run()
     assert {launch.kernel for launch in launches} == {*kernels(), random_read_kernel.__name__}

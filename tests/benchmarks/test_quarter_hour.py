@@ -197,7 +197,8 @@ def test_what_was_on_the_path_stays_on_it(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("PYTHONPATH", "/given")
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/other/ptxas")
     variables = environment(tmp_path)
-    assert variables["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "site"), str(ROOT), str(BENCHMARKS), "/given"]
+    unpacked = [str(tmp_path / "libraries"), str(tmp_path / "wheels")]
+    assert variables["PYTHONPATH"].split(os.pathsep) == [*unpacked, str(ROOT), str(BENCHMARKS), "/given"]
     assert "TRITON_PTXAS_PATH" not in variables
 
 

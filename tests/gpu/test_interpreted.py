@@ -12,6 +12,7 @@ import pytest
 
 from dynamicemb.kernels.engine import ENGINE_VARIABLE
 from tests.gpu.scale import INTERPRETED
+from tests.interpreter import needs_interpreter
 
 HERE = Path(__file__).parent
 #: The narrowest rows with every optimizer, policy and dtype.
@@ -19,6 +20,7 @@ SCENARIOS = (f"{HERE / 'test_engines.py'}", "-k", "test_every_pair_of_choices an
 
 
 @pytest.mark.slow
+@needs_interpreter
 @pytest.mark.skipif(INTERPRETED, reason="this process is Triton's interpreter already")
 def test_scenarios() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

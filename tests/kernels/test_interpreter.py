@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynamicemb.kernels.engine import ENGINE_VARIABLE
+from tests.interpreter import needs_interpreter
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -18,9 +19,12 @@ ROOT = HERE.parents[1]
 FAST = ("test_triton_fill", "test_triton_gather", "test_triton_hashing", "test_triton_tally")
 MODULES = sorted(path.stem for path in HERE.glob("test_triton_*.py"))
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="this process is Triton's interpreter already"
-)
+pytestmark = [
+    needs_interpreter,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="this process is Triton's interpreter already"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

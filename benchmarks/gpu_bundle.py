@@ -1,0 +1,106 @@
+"""Makes the folder that a GPU machine without a network needs besides the sources: docs/gpu-run.md.
+
+    python benchmarks/gpu_bundle.py                     libraries, wheels and compiled kernels, into .gpu
+    python benchmarks/gpu_bundle.py --only kernels      again, after the last change to a kernel
+    python benchmarks/gpu_bundle.py --script FILE       libraries by another program, called with --out ARCHIVE
+
+Kernels are compiled by the Triton that PYTHONPATH names, which must be the machine's version (make gpu-bundle sees to
+it). Libraries that are there are not made again. The exit status is 1 if the folder exceeds its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import gpu_libraries
+from quarter_hour.unpack import KERNELS, LIBRARIES, WHEELS
+
+MIB = 1 << 20
+#: What travels has 64 MiB in all, the sources included.
+LIMIT_MIB = 55.0
+#: Imported by the tests and benchmarks, and installed on the machine only if it lacks them: the runner of tests needs
+#: hypothesis (and it sortedcontainers), tables on a terminal rich (and it the next three), TorchRec the others.
+WHEELS_BESIDE = (
+    "hypothesis", "sortedcontainers", "rich", "pygments", "markdown-it-py", "mdurl", "pyre-extensions",
+    "typing-inspect", "mypy-extensions", "portalocker", "tqdm", "cloudpickle",
+)  # fmt: skip
+PARTS = ("libraries", "wheels", "kernels")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path(".gpu"), metavar="DIR", help="default: %(default)s")
+    add("--only", action="append", choices=PARTS, help="make this; repeat for more")
+    add("--script", type=Path, metavar="FILE", help="makes the libraries instead")
+    add("--architecture", type=int, default=90, help="of the GPU: 90 is sm_90 (default: %(default)s)")
+    add("--downloads", type=Path, default=Path("/tmp/gpu-wheels"), metavar="DIR", help="default: %(default)s")
+    add("--limit", type=float, default=LIMIT_MIB, metavar="MIB", help="of the folder (default: %(default)s)")
+    add("--processes", type=int, metavar="N", default=len(os.sched_getaffinity(0)), help="that compile")
+    return parser.parse_args(arguments)
+
+
+def _libraries(options: argparse.Namespace) -> str:
+    archive = options.output / LIBRARIES
+    if archive.exists():
+        return "made before; remove it to make it again"
+    if options.script is not None:
+        subprocess.run([sys.executable, str(options.script), "--out", str(archive)], check=True)
+        return f"made by {options.script.name}"
+    stayed, went = gpu_libraries.make_archive(archive, options.downloads, options.architecture)
+    return (
+        f"machine code: {stayed / MIB:.0f} MiB for sm_{options.architecture}, {went / MIB:.0f} MiB for others blanked"
+    )
+
+
+def _wheels(options: argparse.Namespace) -> str:
+    folder = options.output / WHEELS
+    folder.mkdir(exist_ok=True)
+    for wheel in gpu_libraries.fetched(WHEELS_BESIDE, options.downloads):
+        shutil.copy(wheel, folder)
+    return f"{len(WHEELS_BESIDE)} of them, for what the machine may lack"
+
+
+def _kernels(options: argparse.Namespace) -> str:
+    import triton
+    from ahead_of_time.cache import make_archive
+
+    packed, compiled = make_archive(options.output / KERNELS, options.architecture, options.processes)
+    by = f"sm_{options.architecture} by Triton {triton.__version__}"
+    return f"{packed.kernels} for {by}, {compiled} of them compiled now"
+
+
+MAKERS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "libraries": _libraries,
+    "wheels": _wheels,
+    "kernels": _kernels,
+}
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit status."""
+    options = _parse(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for part in options.only or PARTS:
+        start = time.perf_counter()
+        said = MAKERS[part](options)
+        place = options.output / {"libraries": LIBRARIES, "wheels": WHEELS, "kernels": KERNELS}[part]
+        print(f"{place}: {_bytes(place) / MIB:.1f} MiB, {said} ({time.perf_counter() - start:.0f} s)", flush=True)
+    total = _bytes(options.output) / MIB
+    print(f"{options.output}: {total:.1f} MiB of at most {options.limit:g}")
+    return 1 if total > options.limit else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

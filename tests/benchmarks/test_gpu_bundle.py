@@ -1,0 +1,87 @@
+"""What a GPU machine without a network is given: machine code for it alone, and its size."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import zipfile
+from pathlib import Path
+
+import gpu_bundle
+import gpu_libraries
+import pytest
+from quarter_hour import unpack
+from quarter_hour.journal import read_lines
+
+PTX, CODE = 1, 2
+
+
+def fat_binary(*entries: tuple[int, int, bytes]) -> bytes:
+    """(kind, GPU, contents) of each, in CUDA's format."""
+    parts = [
+        struct.pack("<HHIQQIII", kind, 1, 64, len(content), 0, 0, architecture, 0).ljust(64, b"\1") + content
+        for kind, architecture, content in entries
+    ]
+    content = b"".join(parts)
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(content)) + content
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """Two fat binaries among other bytes, and their magic number where it means nothing."""
+    file = tmp_path / "library.so"
+    first = fat_binary((CODE, 80, b"A" * 100), (CODE, 90, b"H" * 50), (PTX, 90, b"P" * 30))
+    second = fat_binary((CODE, 90, b"h" * 20), (CODE, 100, b"B" * 40))
+    number = struct.pack("<I", 0xBA55ED50)
+    file.write_bytes(b"\x7fELF" + number + b"code" * 5 + first + bytes(24) + second + b"rest" + number)
+    return file
+
+
+def test_other_gpus_are_blanked(library: Path) -> None:
+    before = library.read_bytes()
+    assert gpu_libraries.blanked(library, 90) == (70, 170)
+    expected = before
+    for blank in (b"A" * 100, b"P" * 30, b"B" * 40):
+        expected = expected.replace(blank, bytes(len(blank)))
+    assert library.read_bytes() == expected
+
+
+def test_a_library_without_code_for_the_gpu_is_refused(library: Path) -> None:
+    with pytest.raises(ValueError, match="has nothing for sm_80"):
+        gpu_libraries.blanked(library, 80)
+
+
+def test_a_release_that_is_written_otherwise_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("one\ntwo\n")
+    gpu_libraries._change(file, "two\n", "before two\n")
+    assert file.read_text() == "one\nbefore two\ntwo\n"
+    with pytest.raises(ValueError, match="has to be looked at anew"):
+        gpu_libraries._change(file, "three\n", "before three\n")
+
+
+def test_the_folder_has_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; open(sys.argv[sys.argv.index('--out') + 1], 'wb').write(bytes(1 << 20))")
+    arguments = ["--output", str(tmp_path / "bundle"), "--only", "libraries", "--script", str(script)]
+    assert gpu_bundle.main([*arguments, "--limit", "1.1"]) == 0
+    assert "site.tar.xz: 1.0 MiB, made by script.py" in capsys.readouterr().out
+    assert gpu_bundle.main([*arguments, "--limit", "0.9"]) == 1
+    shown = capsys.readouterr().out
+    assert "made before" in shown and "1.0 MiB of at most 0.9" in shown
+
+
+def test_a_module_that_is_there_is_not_unpacked_again(tmp_path: Path) -> None:
+    wheels, work, lines = tmp_path / "wheels", tmp_path / "work", tmp_path / "lines.jsonl"
+    wheels.mkdir()
+    for name in ("pytest", "no_such_module"):
+        with zipfile.ZipFile(wheels / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{name}/__init__.py", "version = 1")
+    given = ["wheels", "libraries", "--bundle", str(tmp_path), "--work", str(work), "--findings", str(lines)]
+    assert unpack.main(given) == 0
+    first, second = read_lines(lines)[0]
+    assert first["outcome"] == "ok" and first["figures"] == {"missing here": ["no_such_module-1.0-py3-none-any.whl"]}
+    assert second["outcome"] == "skipped" and "site.tar.xz" in second["reason"]
+    assert [path.name for path in (work / "wheels").iterdir()] == ["no_such_module"]
+    assert json.loads(lines.read_text().splitlines()[0]) == first and "no_such_module" not in sys.modules
