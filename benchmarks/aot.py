@@ -6,7 +6,7 @@
     python benchmarks/aot.py --architecture 90        one architecture; may be given several times
 
 Compiled code stays in Triton's cache, so a second run takes seconds. Another version of Triton is taken from a folder
-that PYTHONPATH names. The exit status is 1 if something does not compile or spills.
+that PYTHONPATH names. The exit status is 1 if something does not compile, spills, or has warps that race.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from pathlib import Path
 
 import triton
 from ahead_of_time.architectures import ARCHITECTURES
+from ahead_of_time.barriers import races
 from ahead_of_time.configurations import ALL, SOME, launches_of
 from ahead_of_time.documents import write
 from ahead_of_time.launches import Launch
-from ahead_of_time.machine_code import machine_code
+from ahead_of_time.machine_code import compiled, machine_code
 from ahead_of_time.report import Measurement, Report, show
 from files import revision
 from processes import quieten_libraries
@@ -60,7 +61,9 @@ def _measurement(task: tuple[Launch, int]) -> Measurement:
     """Compiles in whatever process this is; what goes wrong is part of the result."""
     launch, compute_capability = task
     try:
-        return Measurement(launch, compute_capability, machine_code(launch, compute_capability))
+        code = machine_code(launch, compute_capability)
+        found = races(compiled(launch, compute_capability).asm["ptx"])
+        return Measurement(launch, compute_capability, code, races=tuple(found))
     except Exception as error:  # Triton's passes, ptxas and its assembler each have their own
         return Measurement(launch, compute_capability, None, f"{type(error).__name__}: {error}")
 

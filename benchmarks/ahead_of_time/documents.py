@@ -95,7 +95,8 @@ def markdown(report: Report) -> str:
 def _plain(measurement: Measurement) -> dict[str, Any]:
     if measurement.code is None:
         return {"problem": measurement.problem}
-    return {**dataclasses.asdict(measurement.code), "resident_warps": measurement.resident_warps}
+    data = {**dataclasses.asdict(measurement.code), "resident_warps": measurement.resident_warps}
+    return {**data, "races": measurement.races} if measurement.races else data
 
 
 def _kernel_data(measurements: Sequence[Measurement]) -> dict[str, Any]:

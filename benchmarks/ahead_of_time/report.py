@@ -26,12 +26,19 @@ SUMMARY_COLUMNS = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """One launch compiled for one architecture; ``code`` is None where ``problem`` says why there is none."""
+    """One launch compiled for one architecture.
+
+    Attributes:
+        launch, compute_capability: what was compiled.
+        code: the result, None where ``problem`` says why there is none.
+        races: accesses that no barrier orders; see :mod:`~ahead_of_time.barriers`.
+    """
 
     launch: Launch
     compute_capability: int
     code: Optional[MachineCode]
     problem: Optional[str] = None
+    races: tuple[str, ...] = ()
 
     @property
     def resident_warps(self) -> int:
@@ -68,7 +75,7 @@ class Report:
 
     @property
     def problems(self) -> list[str]:
-        """What must not be: configurations that do not compile, and those that spill."""
+        """What must not be: configurations that do not compile, those that spill, and those with warps that race."""
         found = []
         for measurement in self.measurements:
             where = f"{measurement.launch}, sm_{measurement.compute_capability}"
@@ -76,6 +83,7 @@ class Report:
                 found.append(f"{where}: {measurement.problem}")
             elif measurement.code.spilled_bytes:
                 found.append(f"{where}: spills {measurement.code.spilled_bytes} bytes")
+            found += [f"{where}: {race}" for race in measurement.races]
         return found
 
     @property
@@ -89,7 +97,7 @@ class Report:
         return (
             f"{len(kernels)} kernels in {len(launches)} configurations for {names}: {len(self.measurements)} "
             f"compilations with Triton {self.triton} in {self.seconds:.0f} s (processes: {self.processes}). "
-            + (f"Failing or spilling: {problems}." if problems else "All compile, and none spills.")
+            + (f"Problems: {problems}." if problems else "All compile, none spills, and no warps race.")
         )
 
     @property

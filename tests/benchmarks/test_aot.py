@@ -20,13 +20,16 @@ from ahead_of_time.grouping import grouped, telling_names
 from ahead_of_time.launches import Launch, recorded_launches
 from ahead_of_time.machine_code import access_widths, machine_code
 
-from tests.kernels import toy_kernels
+from tests.kernels import toy_kernels, toy_races
 
 
 @pytest.fixture(scope="module")
 def toys() -> dict[str, Launch]:
     with recorded_launches() as launches:
         toy_kernels.launch_all()
+    with recorded_launches() as racing:
+        toy_races.launch_all(barrier=False)
+    launches += [launch for launch in racing if launch.kernel in ("accumulate_kernel", "own_kernel")]
     return {launch.kernel: launch for launch in launches}
 
 
@@ -114,7 +117,7 @@ def test_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {"CAPACITY", "TOUCH"} <= first["setting"].keys()
     assert 16 <= first["sm_90"]["registers"] <= 255 and first["sm_90"]["spilled_bytes"] == 0
     assert "| _find_kernel | sm_90 |" in text_file.read_text() and "\n## _find_kernel\n" in text_file.read_text()
-    assert "All compile, and none spills" in capsys.readouterr().out
+    assert "All compile, none spills, and no warps race." in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -124,9 +127,12 @@ def test_problems_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "spilling_kernel[TILE=1024], sm_80: spills" in said
     assert "broken_kernel[TILE=512], sm_80: CompilationError" in said
-    assert "Failing or spilling: 2." in said
+    assert "accumulate_kernel[COLUMNS=512, BARRIER=False], sm_80: no barrier between `ld" in said
+    assert "Problems: 3." in said
     (file,) = tmp_path.glob("*.json")
     kernels = json.loads(file.read_text())["kernels"]
+    assert "races" in kernels["accumulate_kernel"]["configurations"][0]["sm_80"]
+    assert "races" not in kernels["own_kernel"]["configurations"][0]["sm_80"]
     assert "CompilationError" in kernels["broken_kernel"]["configurations"][0]["sm_80"]["problem"]
     assert "narrow_kernel" in kernels
 

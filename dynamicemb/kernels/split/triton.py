@@ -50,6 +50,8 @@ def _split_kernel(
     tl.store(digest_pointers(addresses, chunks, target, moves), digest, mask=moves)
     tl.store(key_pointers(addresses, chunks, target, moves), key, mask=moves)
     tl.store(score_pointers(addresses, chunks, target, moves), score, mask=moves)
+    # The warps read the digests apart, for the rows that each of them moves, and threads of one warp clear them.
+    tl.debug_barrier()
     tl.store(digest_at, tl.zeros_like(digest), mask=moves)
     row_from = word_pointers(addresses, chunks, source, moves, ROW_BYTES)
     row_to = word_pointers(addresses, chunks, target, moves, ROW_BYTES)
