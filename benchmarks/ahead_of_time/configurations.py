@@ -18,9 +18,13 @@ from ahead_of_time.launches import Launch, recorded_launches
 from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.gather import gather_rows
 from dynamicemb.kernels.hashing import mix64, owners
-from dynamicemb.kernels.layout import OptimizerKind, RowLayout
+from dynamicemb.kernels.insert import Insertion
+from dynamicemb.kernels.layout import MAX_CHUNKS, OptimizerKind, RowLayout
+from dynamicemb.kernels.note import note, note_touches
 from dynamicemb.kernels.segment_sum import segment_sum
+from dynamicemb.kernels.tally import tally
 from dynamicemb.kernels.update import WeightDecayMode
+from dynamicemb.kernels.views import EvictionView, KeyStatus, TouchView
 from dynamicemb.options import (
     BUCKET_CAPACITIES,
     EMBEDDING_DTYPES,
@@ -33,7 +37,7 @@ from dynamicemb.table.config import TableConfig
 from dynamicemb.table.group import TableGroup
 from dynamicemb.table.optimizers import OptimizerConfig
 
-__all__ = ["ALL", "SOME", "Choices", "group_step", "launches_of", "width_classes"]
+__all__ = ["ALL", "SOME", "Choices", "group_step", "launches_of", "notes", "width_classes"]
 
 META = torch.device("meta")
 #: The layout with which everything that has nothing to do with rows is launched.
@@ -102,6 +106,8 @@ def launches_of(choices: Choices) -> list[Launch]:
     """Each distinct launch once. Needs no GPU and next to no memory."""
     with recorded_launches() as launches:
         _hashing_and_dedup()
+        for batch in BATCHES:
+            notes(batch)
         for layout, batch in itertools.product(choices.layouts, BATCHES):
             for mode in weight_decay_modes(layout.optimizer):
                 group_step(layout, batch=batch, weight_decay_mode=mode)
@@ -174,6 +180,20 @@ def _hashing_and_dedup() -> None:
         owners(_meta(batch), WORLD_SIZE)
         for tables in TABLE_COUNTS:
             dedup(_meta(batch), _meta(batch, dtype=torch.int32), tables, WORLD_SIZE)
+
+
+def notes(batch: int) -> None:
+    """A lookup whose changes are noted, by evictions alone and by touches too, and a late update of it."""
+    unique = dedup(_meta(batch), _meta(batch, dtype=torch.int32), 2, WORLD_SIZE)
+    ticks = _meta(1 << 16, dtype=torch.int32)
+    log = EvictionView(_meta(1), _meta(1), _meta(1 << 16), ticks, ticks)
+    touches = TouchView(ticks, _meta(2 * MAX_CHUNKS))
+    insertion = Insertion(_meta(batch, dtype=torch.int8), _meta(batch), _meta(batch))
+    evicted = tally(unique, insertion.status, _meta(2, len(KeyStatus)), _meta(2), log)
+    assert evicted is not None
+    for noted in (None, touches):
+        note(unique, _meta(batch), insertion, evicted, log, noted)
+    note_touches(unique, _meta(batch), log.tick, touches)
 
 
 def _duplicates(dim: int, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from gpu.ids import Batch
 from gpu.random_reads import PROGRAM_WORDS, launched_reads
 from gpu.tables import DynamicTables
 
+from ahead_of_time.configurations import notes
 from dynamicemb.kernels.dedup import dedup as deduplicate
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather, gather_rows
@@ -51,7 +52,7 @@ def _batch(entries: int) -> Batch:
 
 def device_run(dry: bool = False) -> None:
     """Launches everything. Nothing is read back, so that meta tensors and an interception are enough."""
-    _hashing()
+    _what_is_small()
     _ceilings(ceilings.DRY if dry else ceilings.FULL)
     _dedup(dedup.DRY if dry else dedup.FULL)
     _steps(sides.DRY if dry else sides.FULL)
@@ -65,10 +66,11 @@ def device_run(dry: bool = False) -> None:
 # ----------------------------------------------------------------------------------------------- topics of run_gpu.py
 
 
-def _hashing() -> None:
+def _what_is_small() -> None:
     for entries, world_size in itertools.product(BATCHES, WORLD_SIZES):
         mix64(_meta(entries))
         owners(_meta(entries), world_size)
+        notes(entries)
 
 
 def _ceilings(size: ceilings.Size) -> None:

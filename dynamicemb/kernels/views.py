@@ -11,8 +11,8 @@ import torch
 from dynamicemb.kernels.layout import RowLayout
 
 __all__ = [
-    "AddressRow", "GeometryColumn", "GroupView", "InitializerView", "KeyBatch", "KeyStatus", "ScoreSource", "Scores",
-    "UniqueKeys",
+    "AddressRow", "EvictionView", "GeometryColumn", "GroupView", "InitializerView", "KeyBatch", "KeyStatus",
+    "ScoreSource", "Scores", "TouchView", "UniqueKeys",
 ]  # fmt: skip
 
 
@@ -116,6 +116,38 @@ class UniqueKeys:
         return dataclasses.replace(
             self, keys=self.keys[:count], tables=self.tables[:count], offsets=self.offsets[: count + 1]
         )
+
+
+@dataclass(frozen=True)
+class EvictionView:
+    """The last evictions of a group, in a ring of ``R`` entries: number ``n``, counted from 0, is entry ``n mod R``.
+
+    Attributes:
+        tick: int64 [1], the time: training lookups that were noted, and one.
+        count: int64 [1], evictions that were noted.
+        keys: int64 [R].
+        tables: int32 [R].
+        ticks: int32 [R].
+    """
+
+    tick: torch.Tensor
+    count: torch.Tensor
+    keys: torch.Tensor
+    tables: torch.Tensor
+    ticks: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TouchView:
+    """When each slot of a group was touched last.
+
+    Attributes:
+        ticks: int32, one for each slot.
+        bases: int64 [T * MAX_CHUNKS], where those of each chunk begin.
+    """
+
+    ticks: torch.Tensor
+    bases: torch.Tensor
 
 
 class ScoreSource(enum.IntEnum):

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, TableGeometry
-from dynamicemb.kernels.views import UniqueKeys
+from dynamicemb.kernels.layout import MAX_CHUNKS, TableGeometry
+from dynamicemb.kernels.views import EvictionView, TouchView
 from dynamicemb.table.storage import GroupStorage, state_memory
 
 __all__ = ["EvictionLog", "TouchLog"]
 
-_OFFSET_MASK = (1 << CHUNK_SHIFT) - 1
 #: Evicted keys that a group remembers at most and at least, 16 bytes each: 128 MiB and 1 MiB.
 MAX_REMEMBERED, MIN_REMEMBERED = 1 << 23, 1 << 16
 
@@ -28,24 +27,14 @@ class EvictionLog:
     @state_memory()
     def __init__(self, slots: int, device: torch.device) -> None:
         self.size = min(max(slots // 4, MIN_REMEMBERED), MAX_REMEMBERED)
-        # One entry more than there is room for: where entries go that are none.
-        self._keys = torch.empty(self.size + 1, dtype=torch.int64, device=device)
-        self._tables = torch.empty(self.size + 1, dtype=torch.int32, device=device)
-        self._ticks = torch.empty(self.size + 1, dtype=torch.int32, device=device)
+        self._keys = torch.empty(self.size, dtype=torch.int64, device=device)
+        self._tables = torch.empty(self.size, dtype=torch.int32, device=device)
+        self._ticks = torch.empty(self.size, dtype=torch.int32, device=device)
         #: int64 [1]: the time, and the evictions so far.
         self.ticks = torch.ones(1, dtype=torch.int64, device=device)
         self._count = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def add(self, unique: UniqueKeys, keys: torch.Tensor, evicted: torch.Tensor) -> None:
-        """Notes ``keys``, int64 [U] by entry of ``unique``, where ``evicted``, bool [U]. Does not synchronise."""
-        number = evicted.cumsum(0)
-        total = number[-1:]
-        kept = evicted & (number > total - self.size)  # of a batch that evicts more than there is room for, the last
-        place = torch.where(kept, (self._count + number - 1) % self.size, self.size)
-        self._keys.index_copy_(0, place, keys)
-        self._tables.index_copy_(0, place, unique.tables)
-        self._ticks.index_copy_(0, place, self.ticks.to(torch.int32).expand(number.shape))
-        self._count += total
+        #: For the kernels.
+        self.view = EvictionView(self.ticks, self._count, self._keys, self._tables, self._ticks)
 
     def lost_until(self) -> int:
         """All evictions after this tick are here; 0: all that there were."""
@@ -70,9 +59,11 @@ class TouchLog:
         self._first = [0]
         for size in storage.geometries:
             self._first.append(self._first[-1] + size.max_slots)
-        # One more: where those go that have no slot. 0 is before all ticks.
-        self._ticks = torch.zeros(self._first[-1] + 1, dtype=torch.int32, device=storage.device)
+        # 0 is before all ticks.
+        self._ticks = torch.zeros(self._first[-1], dtype=torch.int32, device=storage.device)
         self._bases = torch.zeros(len(storage.geometries) * MAX_CHUNKS, dtype=torch.int64, device=storage.device)
+        #: For the kernels.
+        self.view = TouchView(self._ticks, self._bases)
         for table in range(len(storage.geometries)):
             self._store_bases(table)
 
@@ -85,13 +76,6 @@ class TouchLog:
     def _store_bases(self, table: int) -> None:
         bases = self._chunk_bases(table)[:-1]
         self._bases[table * MAX_CHUNKS :][: len(bases)] = torch.tensor(bases, device=self._bases.device)
-
-    def note(self, slots: torch.Tensor, valid: torch.Tensor, ticks: torch.Tensor) -> None:
-        """``slots``, int64 [U], are touched at the time ``ticks``, int64 [1], where ``valid``. Does not synchronise."""
-        slots = torch.where(valid, slots, 0)
-        place = self._bases.index_select(0, slots >> CHUNK_SHIFT) + (slots & _OFFSET_MASK)
-        place = torch.where(valid, place, self._first[-1])
-        self._ticks.index_copy_(0, place, ticks.to(torch.int32).expand(place.shape))
 
     def of(self, table: int, chunk: int, place: slice) -> torch.Tensor:
         """int32 [slots] of a range of a chunk's slots."""

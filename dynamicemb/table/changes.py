@@ -2,8 +2,8 @@
 
 Nothing is kept until someone asks for it (:meth:`GroupChanges.begin`), so training without checkpoints pays nothing.
 From then on a training lookup notes the keys that it evicted in a ring, and, unless scores tell (LRU), when each slot
-was touched. All of it is on the device and of fixed size, written by torch's own operations, as many for one table as
-for many; nothing in a step waits.
+was touched. All of it is on the device and of fixed size, written by one kernel for all tables; nothing in a step
+waits.
 
 Time is counted in **ticks**, training lookups of the group that were noted; tick 1 is before the first of them. A
 table's own clock may be another, as loading sets it; ``_Start`` ties the two.
@@ -21,7 +21,8 @@ from dynamicemb.kernels.find import find
 from dynamicemb.kernels.hashing import mix64, sortable
 from dynamicemb.kernels.insert import Insertion
 from dynamicemb.kernels.layout import NO_SLOT, TableGeometry
-from dynamicemb.kernels.views import KeyBatch, KeyStatus, UniqueKeys
+from dynamicemb.kernels.note import note, note_touches
+from dynamicemb.kernels.views import EvictionView, KeyBatch, UniqueKeys
 from dynamicemb.table.ancestor import Ancestor
 from dynamicemb.table.change_log import EvictionLog, TouchLog
 from dynamicemb.table.storage import GroupStorage
@@ -80,19 +81,29 @@ class GroupChanges:
 
     # ------------------------------------------------------------------------------------------------ in a step
 
-    def looked_up(self, unique: UniqueKeys, slots: torch.Tensor, insertion: Insertion) -> None:
-        """A training lookup has been made. Does not synchronise."""
-        self.lookups += 1
+    def log(self) -> Optional[EvictionView]:
+        """Where a training lookup is to be counted, for :func:`~dynamicemb.kernels.tally.tally`; None: nowhere."""
         if not self._noting():
-            return
+            return None
         assert self._evictions is not None
-        self._evictions.ticks += 1
-        if unique.keys.numel() == 0:
-            return
-        valid = torch.arange(unique.keys.numel(), device=unique.keys.device) < unique.count
-        self._evictions.add(unique, insertion.evicted_keys, valid & (insertion.status == KeyStatus.REPLACED))
-        if self._touches is not None:
-            self._touches.note(slots, valid & (slots >= 0), self._evictions.ticks)
+        return self._evictions.view
+
+    def looked_up(
+        self, unique: UniqueKeys, slots: torch.Tensor, insertion: Insertion, evicted: Optional[torch.Tensor]
+    ) -> None:
+        """A training lookup has been made, and counted in :meth:`log`, if that is anywhere. Does not synchronise.
+
+        Args:
+            unique: the batch.
+            slots: int64 [U], where the keys are, −1 for none.
+            insertion: what became of them.
+            evicted: what the tally returned.
+        """
+        self.lookups += 1
+        if evicted is not None:
+            assert self._evictions is not None
+            touches = None if self._touches is None else self._touches.view
+            note(unique, slots, insertion, evicted, self._evictions.view, touches)
 
     def updated(self, lookup: int, unique: UniqueKeys, slots: torch.Tensor) -> None:
         """Rows of training lookup number ``lookup`` have been updated. Does not synchronise.
@@ -105,10 +116,9 @@ class GroupChanges:
         self.lag = max(self.lag, self.lookups - lookup)
         if self._by_score or (lookup == self.lookups and lookup > self._lookups_before):
             return  # noted by the lookup, since which no other has been made
-        if self._noting() and unique.keys.numel():
+        if self._noting():
             assert self._touches is not None and self._evictions is not None
-            valid = torch.arange(unique.keys.numel(), device=unique.keys.device) < unique.count
-            self._touches.note(slots, valid & (slots >= 0), self._evictions.ticks)
+            note_touches(unique, slots, self._evictions.ticks, self._touches.view)
 
     def _noting(self) -> bool:
         """Whether changes are to be noted; takes the memory on first use."""

@@ -171,8 +171,8 @@ class TableGroup:
         slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU, status)
         insertion = insert(self.storage.view, unique, slots, scores, status)
         fill(self.storage.view, unique, slots, insertion.status, self._initializer)
-        tally(unique, insertion.status, self._outcomes, self.clock)
-        self.changes.looked_up(unique, slots, insertion)
+        evicted = tally(unique, insertion.status, self._outcomes, self.clock, self.changes.log())
+        self.changes.looked_up(unique, slots, insertion, evicted)
         self._generation += 1
         rows = gather(self.storage.view, slots, unique.inverse)
         return rows, TrainingLookup(unique, slots, self._generation, self.changes.lookups)

@@ -38,6 +38,8 @@ CEILINGS = {
     "_fill_kernel": Ceiling(32, "programs are one warp, and no more than 32 of them fit"),
     "_fill_kernel, quantile": Ceiling(12, "divisions in float64 are subroutines with registers of their own"),
     "_tally_kernel": Ceiling(40, "eight keys for each thread, and four sums"),
+    "_note_kernel": Ceiling(32, "four keys for each thread, and the places in the ring of those that gave way"),
+    "_note_touches_kernel": Ceiling(64, "copies one number to where slots are"),
     "_gather_kernel": Ceiling(40, "64 bytes of rows under way in each thread, and their addresses"),
     "_gather_rows_kernel": Ceiling(64, "as for _gather_kernel, with one address for each row"),
     "_block_sums_kernel": Ceiling(20, "as for _sum_rows_kernel"),

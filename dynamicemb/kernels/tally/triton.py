@@ -7,19 +7,25 @@ an empty batch too, advances the clocks.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
 
 from dynamicemb.kernels.launch import launch
-from dynamicemb.kernels.views import KeyStatus, UniqueKeys
+from dynamicemb.kernels.tally import TALLY_TILE
+from dynamicemb.kernels.views import EvictionView, KeyStatus, UniqueKeys
 
-_TILE = 1024
 _KINDS = tl.constexpr(len(KeyStatus))
+_REPLACED = tl.constexpr(int(KeyStatus.REPLACED))
 
 
 @triton.jit(do_not_specialize=["num_tables"])
-def _tally_kernel(count, tables, status, outcomes, clock, num_tables, TILE: tl.constexpr):
+def _tally_kernel(
+    count, tables, status, outcomes, clock, evicted, tick, evictions, num_tables, TILE: tl.constexpr,
+    NOTED: tl.constexpr,
+):  # fmt: skip
     entries = tl.load(count)
     first = tl.program_id(0).to(tl.int64) * TILE
     if first == 0:
@@ -27,11 +33,20 @@ def _tally_kernel(count, tables, status, outcomes, clock, num_tables, TILE: tl.c
             of_table = begin + tl.arange(0, TILE)
             clocks = tl.load(clock + of_table, mask=of_table < num_tables, other=0)
             tl.store(clock + of_table, clocks + 1, mask=of_table < num_tables)
+        if NOTED:
+            tl.atomic_add(tick, 1, sem="relaxed")
     if first >= entries:
+        if NOTED:
+            tl.store(evicted + tl.program_id(0), 0)
         return
     entry = first + tl.arange(0, TILE)
     inside = entry < entries
     outcome = tl.load(status + entry, mask=inside, other=-1).to(tl.int32)
+    if NOTED:
+        number = tl.sum((outcome == _REPLACED).to(tl.int32), axis=0)
+        tl.store(evicted + tl.program_id(0), number)
+        if number > 0:
+            tl.atomic_add(evictions, number.to(tl.int64), sem="relaxed")
     table_of_entry = tl.load(tables + entry, mask=inside, other=-1)
     table = tl.load(tables + first)
     last = tl.load(tables + tl.minimum(first + TILE, entries) - 1)
@@ -44,8 +59,21 @@ def _tally_kernel(count, tables, status, outcomes, clock, num_tables, TILE: tl.c
         table += 1
 
 
-def tally(unique: UniqueKeys, status: torch.Tensor, outcomes: torch.Tensor, clock: torch.Tensor) -> None:
+def tally(
+    unique: UniqueKeys,
+    status: torch.Tensor,
+    outcomes: torch.Tensor,
+    clock: torch.Tensor,
+    log: Optional[EvictionView],
+) -> Optional[torch.Tensor]:
+    tiles = triton.cdiv(status.numel(), TALLY_TILE)
+    evicted, tick, evictions = clock, clock, clock  # stand for what there is not
+    if log is not None:
+        # One more than there are tiles in an empty batch, for the program that advances the clocks.
+        evicted = torch.empty(max(1, tiles), dtype=torch.int32, device=status.device)
+        tick, evictions = log.tick, log.count
     launch(
-        _tally_kernel, max(1, triton.cdiv(status.numel(), _TILE)), unique.count, unique.tables, status, outcomes,
-        clock, clock.numel(), TILE=_TILE,
+        _tally_kernel, max(1, tiles), unique.count, unique.tables, status, outcomes, clock, evicted, tick, evictions,
+        clock.numel(), TILE=TALLY_TILE, NOTED=log is not None,
     )  # fmt: skip
+    return None if log is None else evicted[:tiles]
