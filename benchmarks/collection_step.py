@@ -105,7 +105,6 @@ def _dynamic(size: Size, tables: int) -> DistributedModelParallel:
     options = DynamicEmbTableOptions(
         max_capacity=roomy_capacity(size.rows // tables // WORLD_SIZE),
         initializer_args=initializer,
-        eval_initializer_args=initializer,
     )
     constraints = {
         f"t{index}": DynamicEmbParameterConstraints(use_dynamicemb=True, dynamicemb_options=options)

@@ -18,12 +18,13 @@ from typing import Optional
 
 import torch
 from gpu import traffic
+from gpu.sides import WITH_INITIALIZER
 from gpu.tables import BUCKET_CAPACITY, LOAD
 from gpu.traffic import Traffic
 
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 
-__all__ = ["H200", "Device", "Row", "document", "measured_microseconds", "step_rows"]
+__all__ = ["H200", "Device", "Row", "document", "evaluation_rows", "measured_microseconds", "step_rows"]
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -103,6 +104,16 @@ def step_rows(kind: OptimizerKind) -> list[Row]:
     ]
 
 
+def evaluation_rows() -> list[Row]:
+    """The kernels of an evaluation of the same ids. The last one runs where a table has an evaluation initializer."""
+    layout = RowLayout(DIM, torch.float32, OptimizerKind.SGD)
+    return [
+        Row("find", "_find_kernel", traffic.find_repeated(IDS, UNIQUE, LOAD)),
+        Row("gather", "_gather_kernel", traffic.gather(IDS, UNIQUE, layout, through_inverse=False)),
+        Row("missing rows, none missing", "_fill_missing_kernel", traffic.fill_missing(IDS, 0, layout)),
+    ]
+
+
 def static_seconds(device: Device, kind: OptimizerKind) -> float:
     """The same step of static tables: rows out, and a sort and the update on the way back."""
     layout = RowLayout(DIM, torch.float32, kind)
@@ -110,12 +121,12 @@ def static_seconds(device: Device, kind: OptimizerKind) -> float:
     return sum(device.seconds(part) for part in parts)
 
 
-def measured_microseconds(kind: OptimizerKind, results: Path) -> Mapping[str, float]:
-    """Median of each kernel of the dynamic side's step, by name, from the newest ``breakdown``; empty without one."""
+def measured_microseconds(kind: OptimizerKind, results: Path, what: str = "dynamic step") -> Mapping[str, float]:
+    """Median of each kernel of a step or an evaluation, by name, from the newest ``breakdown``; empty without one."""
     files = sorted(results.glob("breakdown-*.json"), key=lambda file: file.stem[-10:])
     if not files:
         return {}
-    prefix = f"{ {OptimizerKind.SGD: 'SGD', OptimizerKind.ADAM: 'Adam'}[kind] }, dynamic step: "
+    prefix = f"{_NAMES[kind]}, {what}: "
     found = {}
     for findings in json.loads(files[-1].read_text())["findings"]:
         for figure in findings["figures"]:
@@ -124,15 +135,18 @@ def measured_microseconds(kind: OptimizerKind, results: Path) -> Mapping[str, fl
     return found
 
 
-def _table(device: Device, kind: OptimizerKind, measured: Mapping[str, float]) -> list[str]:
+def _table(
+    device: Device, title: str, rows: Sequence[Row], measured: Mapping[str, float], sums: Mapping[str, int]
+) -> list[str]:
+    """A line for each of ``rows``; after the first ``sums[name]`` of them one with their sum, under that name."""
     lines = [
-        f"{_NAMES[kind]}, {device.name}:",
+        f"{title}, {device.name}:",
         "",
         "| kernel | MB moved | random accesses | predicted µs | measured µs | measured / predicted |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     total = 0.0
-    for row in step_rows(kind):
+    for number, row in enumerate(rows, 1):
         seconds, accesses = device.seconds(row.work), sum(row.work.accesses.values())
         total += seconds
         found: Optional[float] = measured.get(row.kernel)
@@ -141,16 +155,29 @@ def _table(device: Device, kind: OptimizerKind, measured: Mapping[str, float]) -
             f"| {row.operation} | {row.work.num_bytes / 1e6:.0f} | {accesses / 1e6:.2f} M | {1e6 * seconds:.0f} | "
             f"{cells[0]} | {cells[1]} |"
         )
+        lines += [f"| **{name}** | | | **{1e6 * total:.0f}** | | |" for name, count in sums.items() if count == number]
+    return [*lines, ""]
+
+
+def _step_table(device: Device, kind: OptimizerKind, results: Path) -> list[str]:
+    rows, measured = step_rows(kind), measured_microseconds(kind, results)
     static = 1e6 * static_seconds(device, kind)
-    lines.append(f"| **step** | | | **{1e6 * total:.0f}** | | |")
-    return [*lines, "", f"The same step of static tables, predicted alike: {static:.0f} µs.", ""]
+    lines = _table(device, _NAMES[kind], rows, measured, {"step": len(rows)})
+    return [*lines, f"The same step of static tables, predicted alike: {static:.0f} µs.", ""]
+
+
+def _evaluation_table(device: Device, results: Path) -> list[str]:
+    measured = measured_microseconds(OptimizerKind.SGD, results, f"{WITH_INITIALIZER}, evaluation")
+    sums = {"absent ids read as zeros": 2, "absent ids read as an initializer says": 3}
+    return _table(device, "Evaluation", evaluation_rows(), measured, sums)
 
 
 def document(device: Device = H200, results: Path = HERE / "results") -> str:
     """The tables, as they stand in docs/performance.md."""
     lines: list[str] = []
     for kind in (OptimizerKind.SGD, OptimizerKind.ADAM):
-        lines += _table(device, kind, measured_microseconds(kind, results))
+        lines += _step_table(device, kind, results)
+    lines += _evaluation_table(device, results)
     return "\n".join(lines).rstrip() + "\n"
 
 

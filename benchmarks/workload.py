@@ -117,7 +117,6 @@ class DynamicTable:
             init_capacity=capacity if init_capacity is None else init_capacity,
             evict_strategy=strategy,
             initializer=initializer,
-            eval_initializer=initializer,
             optimizer=optimizer,
         )
         self.group = TableGroup([config], world_size=1, device=torch.device("cpu"))
@@ -128,7 +127,7 @@ class DynamicTable:
         return lookup(self.group, self._anchor, ids, _first_table(ids), None, training=True)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of ``ids``, changing nothing; an absent id reads as the row that training would insert."""
+        """Rows of ``ids``, changing nothing; an absent id reads as zeros."""
         return lookup(self.group, self._anchor, ids, _first_table(ids), None, training=False)
 
     def fill(self, ids: torch.Tensor, step_ids: int) -> None:

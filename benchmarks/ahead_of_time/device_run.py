@@ -99,6 +99,7 @@ def _train(tables: DynamicTables) -> None:
         rows = tables.train(_batch(entries))
         rows.backward(torch.empty_like(rows))
         tables.read(_batch(entries))
+        tables.read_with_initializer(_batch(entries))
 
 
 def _row_kernels(size: kernels.Size) -> None:

@@ -111,6 +111,7 @@ def _evaluation_work(size: Size, pair: Pair) -> dict[str, Traffic]:
     return {
         "find": traffic.find_repeated(size.ids, pair.unique, LOAD),
         "gather": traffic.gather(size.ids, pair.unique, pair.dynamic.layout, through_inverse=False),
+        "fill_missing": traffic.fill_missing(size.ids, 0, pair.dynamic.layout),
     }
 
 
@@ -156,7 +157,7 @@ def _measure(context: Context, size: Size, kind: OptimizerKind, deadline: float)
     total, training = Measured(), _training_work(size, pair)
     sides = [(f"{side} step", run, training) for side, run in pair.training().items()]
     if kind is OPTIMIZERS[0]:  # the same for all of them
-        sides += [(f"{side} evaluation", run, _evaluation_work(size, pair)) for side, run in pair.evaluation().items()]
+        sides += [(f"{side}, evaluation", run, _evaluation_work(size, pair)) for side, run in pair.evaluation().items()]
     for side, run, work in sides:
         mine = work if side.startswith("dynamic") else {}
         measured = _measure_side(context, f"{NAMES[kind]}, {side}", run, mine, pair.metadata_bytes, size, deadline)

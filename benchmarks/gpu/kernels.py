@@ -1,4 +1,4 @@
-"""Topic: how close the two kernels that move rows, gather and the fused update, come to the speed of a copy."""
+"""Topic: how close the kernels that move rows, gathers and the fused update, come to the speed of a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workload import LEARNING_RATE
 
 from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.find import find
-from dynamicemb.kernels.gather import gather
+from dynamicemb.kernels.gather import gather, gather_rows
 from dynamicemb.kernels.insert import insert
 from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, OptimizerKind, RowLayout, TableGeometry, table_bytes
 from dynamicemb.kernels.update import update
@@ -125,6 +125,12 @@ def _check_gather(tables: Tables, lookup: Lookup) -> None:
         raise CheckError("gathered rows differ from those in the table")
 
 
+def _check_gather_rows(rows: torch.Tensor, lookup: Lookup) -> None:
+    """Compares with what torch picks, bit for bit."""
+    if not torch.equal(gather_rows(rows, lookup.unique.inverse), rows.index_select(0, lookup.unique.inverse)):
+        raise CheckError("gathered rows of a tensor differ from those that torch picks")
+
+
 def _check_update(tables: Tables, lookup: Lookup, gradient: torch.Tensor, optimizer: OptimizerConfig) -> None:
     """Applies one update and compares some rows and states with formulas in float64."""
     layout, inverse = tables.layout, lookup.unique.inverse
@@ -192,13 +198,20 @@ def _measure_law(
     name = f"{_dtype_name(layout.embedding_dtype)} rows of {layout.dim}, {law}"
     reason = f"{distinct:,.0f} distinct ids, the commonest {commonest:,} times"
     measured = Measured()
-    if optimizer.kind is OptimizerKind.SGD:  # the gather does not depend on the optimizer
+    if optimizer.kind is OptimizerKind.SGD:  # gathers do not depend on the optimizer
+        received = torch.rand(size.ids, layout.dim, device=view.device).to(layout.embedding_dtype)
+        _check_gather_rows(received, lookups[0])
 
         def gather_one(index: int) -> object:
             lookup = lookups[index % len(lookups)]
             return gather(view, lookup.slots, lookup.unique.inverse)
 
+        def expand_one(index: int) -> object:
+            return gather_rows(received, lookups[index % len(lookups)].unique.inverse)
+
         _add(context, measured, f"gather, {name}", gather_one, traffic.gather(size.ids, distinct, layout), reason, size)
+        work = traffic.gather_rows(size.ids, distinct, layout.dim * layout.embedding_dtype.itemsize)
+        _add(context, measured, f"expand, {name}", expand_one, work, reason, size)
     hyperparameters, steps = _hyperparameters(tables, optimizer)
 
     def update_one(index: int) -> None:
@@ -237,8 +250,9 @@ def _measure(context: Context, size: Size, layout: RowLayout) -> Measured:
 
 
 def _memory_bytes(size: Size, layout: RowLayout) -> int:
-    """Tables, gradients, rows, and indices of the batches."""
-    rows = 3 * size.ids * layout.dim * 4
+    """Tables, gradients, rows that come out and rows that go in, twice where they are compared, and indices of the
+    batches."""
+    rows = 4 * size.ids * layout.dim * 4
     return (
         size.tables * table_bytes(capacity_for(size.rows), BUCKET_CAPACITY, layout)
         + rows
@@ -262,10 +276,11 @@ def topic(context: Context) -> Topic:
                 cases.append(Case(name, run, 5, _memory_bytes(size, layout)))
     return Topic(
         name="kernels",
-        title="Row gather and fused update, as a share of the copy bandwidth",
+        title="Row gathers and fused update, as a share of the copy bandwidth",
         setup=(
             f"{size.tables} tables of {size.rows:,} rows, {size.ids:,} ids a step, uniform or from a power law with "
-            f"exponent 1.05, {size.batches} batches in rotation; the kernels alone, after dedup and find. Bytes: every "
+            f"exponent 1.05, {size.batches} batches in rotation; the kernels alone, after dedup and find. Gather takes "
+            "rows out of tables, expand those that other ranks have sent, in the tables' dtype. Bytes: every "
             "distinct row read once (by the update read and written, with its optimizer state), every row of the "
             "result written, every gradient read, and the indices."
         ),

@@ -148,7 +148,6 @@ def _dynamic(size: Size, device: Device) -> tuple[Any, Any]:
         max_capacity=capacity,
         init_capacity=capacity,
         initializer_args=INITIALIZER,
-        eval_initializer_args=INITIALIZER,
     )
     constraints = {
         f"t{index}": DynamicEmbParameterConstraints(use_dynamicemb=True, dynamicemb_options=options)

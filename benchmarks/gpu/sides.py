@@ -24,7 +24,12 @@ from gpu.tables import (
 )
 from gpu.traffic import Traffic
 
-__all__ = ["CHECK_RTOL", "CHECK_STEPS", "DRY", "FULL", "OPTIMIZERS", "Pair", "Size", "memory_bytes"]
+__all__ = [
+    "CHECK_RTOL", "CHECK_STEPS", "DRY", "FULL", "OPTIMIZERS", "WITH_INITIALIZER", "Pair", "Size", "memory_bytes",
+]  # fmt: skip
+
+#: The dynamic side once more, evaluated with an initializer for absent ids, which static tables have no notion of.
+WITH_INITIALIZER = "dynamic with an initializer"
 
 EPS = 1e-8
 #: Gradients are positive, so their sums do not cancel: both sides add up to 10,000 of them in different orders, which
@@ -104,6 +109,7 @@ class Pair:
         Raises:
             CheckError: the rows differ, or an id lost its place.
         """
+        self._check_places()
         for index in range(CHECK_STEPS + 1 if self.static is not None else 0):
             batch, last = self.batches[index % len(self.batches)], index == CHECK_STEPS
             mine = (self.dynamic.read if last else self.dynamic.train)(batch)
@@ -115,6 +121,11 @@ class Pair:
             if not last:
                 mine.backward(self.gradient)
                 theirs.backward(self.gradient)
+            if last and not torch.equal(self.dynamic.read_with_initializer(batch), mine):
+                raise CheckError("rows differ with an initializer for absent ids, of which there are none")
+        self._check_places()
+
+    def _check_places(self) -> None:
         if misplaced := self.dynamic.misplaced():
             raise CheckError(f"{misplaced} ids lost their place in tables that should hold all of them")
 
@@ -133,8 +144,11 @@ class Pair:
         return step
 
     def evaluation(self) -> dict[str, Step]:
-        """A lookup of each side that changes nothing, in one phase."""
-        sides = {"dynamic": self.dynamic.read} | ({} if self.static is None else {"static": self.read_static})
+        """A lookup of each side that changes nothing, in one phase. Absent ids would read as zeros: a static table has
+        no other answer for them either, and asks nothing of any id."""
+        sides = {"dynamic": self.dynamic.read, WITH_INITIALIZER: self.dynamic.read_with_initializer}
+        if self.static is not None:
+            sides["static"] = self.read_static
         return {side: self._evaluation_step(read) for side, read in sides.items()}
 
     def _evaluation_step(self, read: Callable[[Batch], torch.Tensor]) -> Step:
@@ -152,12 +166,14 @@ class Pair:
     def traffic(self, size: Size) -> dict[str, dict[str, Traffic]]:
         """What each phase of each side moves."""
         layout, unique, buckets = self.dynamic.layout, self.unique, self.dynamic.buckets
+        evaluation = traffic.evaluation(size.ids, unique, layout, LOAD)
         return {
             "dynamic": {
                 "forward": traffic.forward(size.ids, unique, 0, layout, size.tables, buckets, LOAD),
                 "backward": traffic.backward(size.ids, unique, layout),
-                "evaluation": traffic.evaluation(size.ids, unique, layout, LOAD),
+                "evaluation": evaluation,
             },
+            WITH_INITIALIZER: {"evaluation": evaluation + traffic.fill_missing(size.ids, 0, layout)},
             "static": {
                 "forward": traffic.static_forward(size.ids, unique, layout),
                 "backward": traffic.static_backward(size.ids, unique, layout),

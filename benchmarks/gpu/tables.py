@@ -8,10 +8,15 @@ import torch
 from workload import INITIAL_BOUND
 
 from dynamicemb import DynamicEmbInitializerArgs
+from dynamicemb.kernels.fill import fill_missing
+from dynamicemb.kernels.find import find
+from dynamicemb.kernels.gather import gather
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout, table_bytes
+from dynamicemb.kernels.views import KeyBatch
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.function import lookup
 from dynamicemb.table.group import TableGroup
+from dynamicemb.table.initializers import initializer_view
 from dynamicemb.table.optimizers import OptimizerConfig
 from gpu.ids import Batch, IdSource
 
@@ -62,13 +67,14 @@ class DynamicTables:
                 init_capacity=capacity,
                 bucket_capacity=BUCKET_CAPACITY,
                 initializer=INITIALIZER,
-                eval_initializer=INITIALIZER,
                 optimizer=optimizer,
             )
             for index in range(tables)
         ]
         self.rows, self.dim = rows, dim
         self.group = TableGroup(configs, world_size=1, device=device)
+        names, seeds = [config.name for config in configs], [config.seed for config in configs]
+        self._initializer = initializer_view(names, seeds, [INITIALIZER] * tables, [0.0] * tables, device)
         self._anchor = torch.nn.Parameter(torch.empty(0, dim, device=device))
 
     @property
@@ -89,8 +95,17 @@ class DynamicTables:
         return lookup(self.group, self._anchor, batch.ids, batch.tables, None, training=True)
 
     def read(self, batch: Batch) -> torch.Tensor:
-        """Rows, changing nothing."""
+        """Rows, changing nothing; an absent id reads as zeros."""
         return lookup(self.group, self._anchor, batch.ids, batch.tables, None, training=False)
+
+    def read_with_initializer(self, batch: Batch) -> torch.Tensor:
+        """What :meth:`read` does in a group with an evaluation initializer: an absent id reads as its first row. One
+        group can be configured for one of both, and a second one would need as much memory again."""
+        view = self.group.storage.view
+        slots = find(view, KeyBatch(batch.ids, batch.tables))
+        rows = gather(view, slots)
+        fill_missing(rows, batch.ids, batch.tables, slots, self._initializer, self.layout.embedding_dtype)
+        return rows
 
     def insert_every(self, source: IdSource, ids_per_step: int) -> None:
         """Inserts all ids of ``source``, about ``ids_per_step`` in each step."""

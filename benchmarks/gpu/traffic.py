@@ -33,10 +33,12 @@ __all__ = [
     "dedup_prefix",
     "evaluation",
     "fill",
+    "fill_missing",
     "find",
     "find_repeated",
     "forward",
     "gather",
+    "gather_rows",
     "insert",
     "rows_read",
     "scores",
@@ -197,6 +199,12 @@ def fill(unique: float, misses: float, layout: RowLayout) -> Traffic:
     return Traffic(streamed) + rows_read(misses, layout.row_bytes)
 
 
+def fill_missing(ids: float, missing: float, layout: RowLayout) -> Traffic:
+    """All slots read; for a key that has none its key and table read and a row of float32 written."""
+    streamed = ids * SLOT_BYTES + missing * (KEY_BYTES + TABLE_BYTES)
+    return Traffic(streamed) + rows_read(missing, layout.dim * FLOAT_BYTES)
+
+
 def tally(unique: float, tables: int) -> Traffic:
     """Statuses and tables read; the counters of each table are read and written."""
     return Traffic(unique * (STATUS_BYTES + TABLE_BYTES) + 2 * tables * OUTCOMES * 8)
@@ -207,6 +215,11 @@ def gather(ids: float, unique: float, layout: RowLayout, through_inverse: bool =
     indices = ids * POSITION_BYTES + unique * SLOT_BYTES if through_inverse else ids * SLOT_BYTES
     embedding_bytes = layout.dim * layout.embedding_dtype.itemsize
     return Traffic(indices + ids * layout.dim * FLOAT_BYTES) + rows_read(unique, embedding_bytes)
+
+
+def gather_rows(ids: float, unique: float, row_bytes: int) -> Traffic:
+    """Every distinct row of a tensor read, and one written for each id, in the same dtype."""
+    return Traffic(ids * (POSITION_BYTES + row_bytes)) + rows_read(unique, row_bytes)
 
 
 def update(ids: float, unique: float, layout: RowLayout, gradient_bytes: int = FLOAT_BYTES) -> Traffic:
@@ -254,7 +267,7 @@ def find_repeated(ids: float, unique: float, load: float, bucket_capacity: int =
 
 
 def evaluation(ids: float, unique: float, layout: RowLayout, load: float, bucket_capacity: int = 128) -> Traffic:
-    """Find and gather without dedup."""
+    """Find and gather without dedup. With an initializer, :func:`fill_missing` comes on top."""
     return find_repeated(ids, unique, load, bucket_capacity) + gather(ids, unique, layout, through_inverse=False)
 
 

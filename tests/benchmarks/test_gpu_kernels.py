@@ -119,10 +119,10 @@ def test_a_wrong_dedup_is_not_reported(field: str, message: str, monkeypatch: py
     assert message in _outcome(dedup).refused
 
 
-def test_both_row_kernels_for_every_optimizer_dtype_and_law() -> None:
+def test_row_kernels_for_every_optimizer_dtype_and_law() -> None:
     figures = _figures(kernels)
-    gathers = [name for name in figures if name.startswith("gather")]
-    assert len(gathers) == 2 * 2 and len(figures) == 4 + 4 * 2 * 2
+    gathers = [name for name in figures if name.startswith(("gather", "expand"))]
+    assert len(gathers) == 2 * 2 * 2 and len(figures) == 8 + 4 * 2 * 2
     figure = figures["update, Adam, bfloat16 rows of 8, power law"]
     assert figure.unit == "% of copy" and str(figure.target) == "≥ 75"
     assert figure.copy_share == pytest.approx(figure.measured.median / 100) and "times" in figure.reason
@@ -140,10 +140,13 @@ def test_a_wrong_update_is_not_reported(kind: OptimizerKind, monkeypatch: pytest
     assert f"{kernels.NAMES[kind]}: " in _outcome(kernels).refused
 
 
-def test_a_wrong_gather_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    gather = kernels.gather
-    monkeypatch.setattr(kernels, "gather", lambda *arguments: gather(*arguments).roll(1, 0))
-    assert "gathered rows differ" in _outcome(kernels).refused
+@pytest.mark.parametrize(
+    ("name", "message"), [("gather", "gathered rows differ"), ("gather_rows", "rows of a tensor differ")]
+)
+def test_a_wrong_gather_is_not_reported(name: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, lambda *arguments: gather(*arguments).roll(1, 0))
+    assert message in _outcome(kernels).refused
 
 
 @pytest.mark.parametrize(

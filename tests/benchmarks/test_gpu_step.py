@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
+import torch
 from gpu import breakdown, sides, step
 from gpu.breakdown import OTHERS, grouped, shares
 from gpu.device import HostDevice, KernelRun
-from gpu.sides import DRY
+from gpu.ids import Batch, IdSource
+from gpu.sides import DRY, WITH_INITIALIZER
+from gpu.tables import INITIALIZER, DynamicTables
 from gpu.topic import Outcome, run_topic
 
 from dynamicemb.kernels.layout import OptimizerKind
+from dynamicemb.table.group import TableGroup
 from dynamicemb.table.optimizers import OptimizerConfig
 from tests.benchmarks.pretended import KERNELS, PretendedGpu, context
 
@@ -34,6 +39,8 @@ def test_compares_both_sides_where_fbgemm_has_the_optimizer() -> None:
     assert ratio.published is not None and ratio.published.value == pytest.approx((1.33 + 0.59) / 0.95, abs=0.01)
     assert figures["SGD: dynamic, forward"].published.value == 1.33
     assert figures["SGD: TBE, evaluation"].published.value == 0.41
+    price = figures["SGD: evaluation, with an initializer / with zeros"]
+    assert str(price.target) == "≤ 1.1" and price.measured.median > 0 and 1 < price.expected < 1.1
     forward = figures["Adam: dynamic, forward"]
     assert forward.moved_bytes > DRY.ids * DRY.dim * 4 and forward.copy_share > 0 and forward.expected > 0
 
@@ -61,6 +68,38 @@ def test_reports_nothing_when_the_sides_learn_differently(monkeypatch: pytest.Mo
     assert "SGD: rows of step 1 differ from fbgemm's" in _outcome().refused
 
 
+def test_evaluation_is_compared_without_an_initializer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For which static tables have no counterpart; what it costs is measured beside them."""
+    pair = sides.Pair(DRY, OptimizerKind.SGD, context().torch_device)
+    batch = pair.batches[0]
+    absent = Batch(batch.ids + DRY.rows, batch.tables)
+    assert pair.dynamic.read(absent).count_nonzero() == 0
+    assert pair.dynamic.read_with_initializer(absent).count_nonzero() > 0.99 * DRY.ids * DRY.dim
+    fills: list[str] = []
+    for module in ("gpu.tables", "dynamicemb.table.group"):
+        monkeypatch.setattr(f"{module}.fill_missing", lambda *arguments, module=module: fills.append(module))
+    by_side: dict[str, list[str]] = {}
+    for side, step_of_side in pair.evaluation().items():
+        step_of_side(0, lambda phase: None)
+        by_side[side] = fills[:]
+        fills.clear()
+    assert by_side == {"dynamic": [], WITH_INITIALIZER: ["gpu.tables"], "static": []}
+
+
+def test_reading_with_an_initializer_is_what_a_group_with_one_does() -> None:
+    device = context().torch_device
+    source, tables = IdSource(2, 300, device), DynamicTables(2, 300, 8, OptimizerConfig(OptimizerKind.SGD), device)
+    configs = [dataclasses.replace(config, eval_initializer=INITIALIZER) for config in tables.group.configs]
+    group = TableGroup(configs, 1, device)
+    every = source.every(0, 300)
+    tables.group.train_lookup(every.ids, every.tables)
+    group.train_lookup(every.ids, every.tables)
+    half_absent = Batch(every.ids + every.ids % 2 * 300, every.tables)
+    expected = group.eval_lookup(half_absent.ids, half_absent.tables)
+    assert torch.equal(tables.read_with_initializer(half_absent), expected)
+    assert not torch.equal(tables.read(half_absent), expected)
+
+
 def test_reports_nothing_when_ids_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpu.tables.capacity_for", lambda rows: rows // 2)
     assert "lost their place" in _outcome().refused
@@ -79,9 +118,9 @@ def test_the_kernels_of_a_step_are_taken_apart() -> None:
     by_events = figures["SGD, dynamic step: step by events"].measured.median
     assert figures["SGD, dynamic step: kernels / step"].measured.median == pytest.approx(73 / by_events)
     assert figures["SGD, static step: _find_kernel"].moved_bytes is None  # that is not a static table's
-    assert (
-        "SGD, dynamic evaluation: _find_kernel" in figures and "Adam, dynamic evaluation: _find_kernel" not in figures
-    )
+    for side in ("dynamic", WITH_INITIALIZER, "static"):
+        assert f"SGD, {side}, evaluation: _find_kernel" in figures
+        assert f"Adam, {side}, evaluation: _find_kernel" not in figures
 
 
 def test_the_breakdown_needs_a_gpu() -> None:

@@ -126,6 +126,23 @@ def test_evaluation_reads_equal_ids_once() -> None:
     assert work.streamed_bytes == 1000 * 20 + 1000 * 8 + (1000 + 300) * 512
 
 
+def test_an_initializer_reads_slots_again_and_writes_missing_rows() -> None:
+    """At any number of missing keys; where there are none, a hundredth of an evaluation's bytes."""
+    assert traffic.fill_missing(1000, 0, WIDE).num_bytes == 1000 * 8
+    half = RowLayout(128, torch.bfloat16, OptimizerKind.ADAM)  # rows have left the table and are of float32
+    assert traffic.fill_missing(1000, 30, half).num_bytes == 1000 * 8 + 30 * (8 + 4 + 512)
+    ids, unique = 1_048_570, 350_000
+    for dim, most in ((128, 1.02), (32, 1.05), (8, 1.1)):
+        layout = RowLayout(dim, torch.float32, OptimizerKind.SGD)
+        zeros = traffic.evaluation(ids, unique, layout, load=0.6).num_bytes
+        assert 1 < (zeros + traffic.fill_missing(ids, 0, layout).num_bytes) / zeros < most
+
+
+def test_rows_of_a_tensor_keep_their_dtype() -> None:
+    assert traffic.gather_rows(1000, 300, row_bytes=256).num_bytes == 1000 * 8 + (1000 + 300) * 256
+    assert traffic.gather_rows(1000, 300, row_bytes=40).accesses == {64: 300}
+
+
 def test_no_expectation_before_the_copy_is_measured() -> None:
     assert Ceilings().seconds(Traffic(1.0)) is None
     assert Ceilings().copy_share(1.0, 1.0) is None

@@ -33,10 +33,22 @@ def test_rows_and_gradients_by_hand(kind: OptimizerKind, row_bytes: int) -> None
     assert work["_update_kernel"].num_bytes == pytest.approx(rows + ids * 8 + unique * (8 + 8 + 4))
 
 
+def test_an_evaluation_with_an_initializer_costs_little_more_than_with_zeros() -> None:
+    find, gather, missing = (row.work.num_bytes for row in roofline.evaluation_rows())
+    assert (find + gather + missing) / (find + gather) < 1.1
+    find, gather, missing = (roofline.H200.seconds(row.work) for row in roofline.evaluation_rows())
+    assert (find + gather + missing) / (find + gather) < 1.1
+
+
 def test_measured_times_stand_beside_the_predictions(tmp_path: Path) -> None:
     figures = [
         {"name": "SGD, dynamic step: _gather_kernel", "unit": "µs", "measured": {"median": 345.6}},
         {"name": "SGD, TBE step: _gather_kernel", "unit": "µs", "measured": {"median": 1.0}},
+        {
+            "name": "SGD, dynamic with an initializer, evaluation: _gather_kernel",
+            "unit": "µs",
+            "measured": {"median": 234.5},
+        },
     ]
     for date, scale in (("2026-01-02", 1), ("2025-12-31", 100)):
         scaled = [{**figure, "measured": {"median": scale * figure["measured"]["median"]}} for figure in figures]  # type: ignore[index]
@@ -44,4 +56,5 @@ def test_measured_times_stand_beside_the_predictions(tmp_path: Path) -> None:
         file.write_text(json.dumps({"findings": [{"figures": scaled}]}))
     assert roofline.measured_microseconds(OptimizerKind.SGD, tmp_path) == {"_gather_kernel": 345.6}
     lines = [line for line in roofline.document(results=tmp_path).splitlines() if line.startswith("| gather")]
-    assert "| 346 |" in lines[0] and "not measured" in lines[1]  # SGD's table, then Adam's
+    # SGD's table, Adam's, and the evaluation's.
+    assert "| 346 |" in lines[0] and "not measured" in lines[1] and "| 234 |" in lines[2]
