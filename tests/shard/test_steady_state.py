@@ -222,6 +222,21 @@ def kernels(tables: int, features: int, world_size: int) -> dict[str, list[str]]
     return {phase: step.kernels for phase, step in phases(model, batch).items()}
 
 
+def test_the_kernels_of_a_step_on_one_rank() -> None:
+    """Of 26 tables, torch's and ours together. Two are not the step's own: rows are joined after it, for the gradient,
+    and what comes back for each feature is joined again."""
+    dedup = [
+        "triton._prefix_kernel", "aten.sort.stable", "triton._compare_kernel", "triton._settle_kernel",
+        "triton._number_kernel",
+    ]  # fmt: skip
+    tables_of_ids = ["aten.sum.dim_IntList", "aten.repeat_interleave.Tensor", "aten.index_select.default"]
+    lookup = ["_find_kernel", "_insert_kernel", "_fill_kernel", "_tally_kernel", "_gather_kernel"]
+    seen, joined = kernels(26, 1, 1), "aten.cat.default"
+    assert seen["forward"] == [*tables_of_ids, *dedup, *(f"triton.{name}" for name in lookup), joined]
+    assert seen["backward"] == [joined, "triton._begin_update_kernel", "triton._update_kernel"]
+    assert seen["evaluation"] == [*tables_of_ids, "triton._find_kernel", "triton._gather_kernel", joined]
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_as_many_kernels_for_any_number_of_tables_and_features(world_size: int) -> None:
     one = kernels(1, 1, world_size)

@@ -17,6 +17,16 @@ from tests.steady_state import META, Step, meta_memory, recorded
 from tests.table.groups import NORMAL, config
 
 KEYS = 1000
+#: The kernels of a training lookup, one of them torch's own, and those of its update.
+DEDUP = [
+    "triton._prefix_kernel", "aten.sort.stable", "triton._compare_kernel", "triton._settle_kernel",
+    "triton._number_kernel",
+]  # fmt: skip
+LOOKUP = [
+    "triton._find_kernel", "triton._insert_kernel", "triton._fill_kernel", "triton._tally_kernel",
+    "triton._gather_kernel",
+]  # fmt: skip
+UPDATE = ["triton._begin_update_kernel", "triton._update_kernel"]
 
 
 def group_of(tables: int = 1, **fields: Any) -> TableGroup:
@@ -71,6 +81,48 @@ def test_nothing_waits(
 ) -> None:
     group = group_of(2, evict_strategy=strategy, optimizer=OptimizerConfig(kind), eval_initializer=NORMAL)
     assert step(phase, group).waits == []
+
+
+def begin_to_note(group: TableGroup) -> None:
+    """Notes changes from now on, as after a checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group.changes, "_clock", torch.zeros(len(group.configs), dtype=torch.int64))
+        group.changes.begin()
+    assert group.changes.log() is not None  # takes the memory
+
+
+@pytest.mark.parametrize("kind", OptimizerKind)
+@pytest.mark.parametrize("strategy", DynamicEmbEvictStrategy)
+def test_the_kernels_of_a_step(strategy: DynamicEmbEvictStrategy, kind: OptimizerKind) -> None:
+    """No clock, no score, no count of steps and no bias correction has a kernel of its own."""
+    group = group_of(2, evict_strategy=strategy, optimizer=OptimizerConfig(kind))
+    assert step(train, group).kernels == DEDUP + LOOKUP + UPDATE
+    assert step(evaluate, group).kernels == ["triton._find_kernel", "triton._gather_kernel"]
+
+
+@pytest.mark.parametrize("strategy", DynamicEmbEvictStrategy)
+def test_noting_changes_is_one_kernel(strategy: DynamicEmbEvictStrategy) -> None:
+    """And one more for an update that comes late, where scores do not tell what has been touched."""
+    usual, noted = group_of(2, evict_strategy=strategy), group_of(2, evict_strategy=strategy)
+    begin_to_note(noted)
+    tallied = LOOKUP.index("triton._tally_kernel") + 1
+    assert step(train, noted).kernels == [
+        *DEDUP, *LOOKUP[:tallied], "triton._note_kernel", *LOOKUP[tallied:], *UPDATE
+    ]  # fmt: skip
+    late = [] if strategy is DynamicEmbEvictStrategy.LRU else ["triton._note_touches_kernel"]
+    more = ["triton._note_kernel", "triton._note_kernel", *late]
+    expected = step(train_overlapping, usual).kernels + more
+    assert sorted(step(train_overlapping, noted).kernels) == sorted(expected)
+    assert step(evaluate, noted).kernels == step(evaluate, usual).kernels
+
+
+def test_noting_an_empty_batch_moves_the_time_alone() -> None:
+    group = group_of(2)
+    begin_to_note(group)
+    nothing = torch.empty(0, dtype=torch.int64, device=META)
+    with recorded() as seen:
+        group.train_lookup(nothing, nothing.int())
+    assert [kernel for kernel in seen.kernels if "triton" in kernel] == ["triton._tally_kernel"]
 
 
 @pytest.mark.parametrize("strategy", DynamicEmbEvictStrategy)
