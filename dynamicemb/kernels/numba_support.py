@@ -28,7 +28,6 @@ __all__ = [
     "as_uint16",
     "as_uint64",
     "copy_bytes",
-    "empty_rows",
     "inline",
     "kernel",
     "mulhi64",
@@ -53,7 +52,6 @@ PREFETCH_DISTANCE = np.int64(8)
 
 #: Several ranges for each thread, so that nobody waits long for one that was woken late or shares its core.
 _RANGES_PER_THREAD = 4
-_HUGE_PAGE_BYTES = 2 << 20
 
 #: Ranges shorter than this run in the calling thread: handing one over costs about 20 microseconds, and up to a
 #: millisecond after a step of torch's own, whose threads spin for a while before they sleep.
@@ -104,17 +102,6 @@ def parallel_for(
     for helper in helpers:
         if not helper.cancel():  # one that has not even begun by now is not waited for
             helper.result()
-
-
-def empty_rows(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """[rows, dim], undefined. Large ones begin where a huge page does, and NumPy asks the system for such pages: with
-    small ones, the page faults of a fresh result can take longer than filling it."""
-    num_bytes = rows * dim * dtype.itemsize
-    if num_bytes < 2 * _HUGE_PAGE_BYTES:
-        return torch.empty(rows, dim, dtype=dtype)
-    memory = np.empty(num_bytes + _HUGE_PAGE_BYTES, np.uint8)
-    first = -memory.ctypes.data % _HUGE_PAGE_BYTES
-    return torch.from_numpy(memory[first : first + num_bytes]).view(dtype).view(rows, dim)
 
 
 def _pointer_to(element: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dynamicemb.errors import ConfigError, OutOfMemoryError
+from dynamicemb.kernels.host_memory import zeroed_bytes
 from dynamicemb.kernels.layout import MAX_CHUNKS, METADATA_BYTES_PER_SLOT, RowLayout, TableGeometry
 from dynamicemb.kernels.split import split
 from dynamicemb.kernels.views import AddressRow, GroupView
@@ -44,7 +45,16 @@ class Chunk:
     @staticmethod
     @state_memory()
     def allocate(slots: int, layout: RowLayout, device: torch.device) -> Chunk:
-        """``slots`` empty slots. Rows are aligned for 128-bit access; only the digests are written."""
+        """``slots`` empty slots. Rows are aligned for 128-bit access; on a GPU only the digests are written, on the CPU
+        nothing is, so that a chunk takes memory as it fills: in huge pages where it can, of which a few thousand keys
+        touch all."""
+        if device.type == "cpu":
+            return Chunk(
+                digests=zeroed_bytes(slots),
+                keys=zeroed_bytes(8 * slots).view(torch.int64),
+                scores=zeroed_bytes(8 * slots).view(torch.int64),
+                rows=zeroed_bytes(slots * layout.row_bytes).view(slots, layout.row_bytes),
+            )
         return Chunk(
             digests=torch.zeros(slots, dtype=torch.uint8, device=device),
             keys=torch.empty(slots, dtype=torch.int64, device=device),

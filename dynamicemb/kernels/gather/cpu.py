@@ -8,15 +8,8 @@ import numpy as np
 import torch
 
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
-from dynamicemb.kernels.numba_support import (
-    PREFETCH_DISTANCE,
-    as_float32,
-    copy_bytes,
-    empty_rows,
-    kernel,
-    parallel_for,
-    prefetch,
-)
+from dynamicemb.kernels.host_memory import empty_rows
+from dynamicemb.kernels.numba_support import PREFETCH_DISTANCE, as_float32, copy_bytes, kernel, parallel_for, prefetch
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, read_row
 from dynamicemb.kernels.views import AddressRow, GroupView
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dynamicemb.kernels.numba_support import empty_rows, kernel, parallel_for
+from dynamicemb.kernels.host_memory import empty_rows
+from dynamicemb.kernels.numba_support import kernel, parallel_for
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, sum_rows
 from dynamicemb.kernels.views import UniqueKeys
 

@@ -1,0 +1,61 @@
+"""Memory of the CPU engine: aligned, zero where it should be, taken page by page, in huge pages where there are any."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynamicemb.kernels.host_memory import empty_rows, zeroed_bytes
+
+MIB = 2**20
+SMAPS = Path("/proc/self/smaps")
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def mapped_kib(memory: torch.Tensor, field: str) -> int:
+    """A size of the mapping that the middle of ``memory`` lies in."""
+    place, inside = memory.data_ptr() + memory.nbytes // 2, False
+    for line in SMAPS.read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= place < int(bounds[2], 16)
+        elif inside and line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise AssertionError(f"no mapping with {field}")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 8, 1000, 4 * MIB - 8, 4 * MIB, 9 * MIB + 8])
+def test_bytes_are_zero_and_aligned(num_bytes: int) -> None:
+    for _ in range(2):  # the second may get what the first gave back
+        memory = zeroed_bytes(num_bytes)
+        assert memory.dtype == torch.uint8 and memory.shape == (num_bytes,) and not memory.any()
+        assert memory.untyped_storage().nbytes() == num_bytes
+        assert memory.data_ptr() % (64 if num_bytes < 4 * MIB else 2 * MIB) == 0
+        memory.fill_(255)
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(0, 4), (3, 20), (40_000, 64)])
+def test_rows_are_aligned(rows: int, dim: int) -> None:
+    result = empty_rows(rows, dim)
+    assert result.dtype == torch.float32 and result.shape == (rows, dim) and result.is_contiguous()
+    assert result.data_ptr() % 64 == 0
+    result.fill_(1.0)
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs /proc")
+def test_unused_bytes_take_no_memory() -> None:
+    memory = zeroed_bytes(64 * MIB)
+    assert mapped_kib(memory, "Rss") < 4096
+    memory[::4096] = 1
+    assert 64 * 1024 <= mapped_kib(memory, "Rss") <= 66 * 1024
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system gives no huge pages"
+)
+def test_large_blocks_are_in_huge_pages() -> None:
+    memory = zeroed_bytes(64 * MIB)
+    memory[::4096] = 1
+    assert mapped_kib(memory, "AnonHugePages") >= 32 * 1024, "half of it at least, as memory may be in pieces"
