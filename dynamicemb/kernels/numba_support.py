@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, errors
 from numba.extending import intrinsic
 
 from dynamicemb.kernels.numba_cache import kernel_cache
@@ -26,6 +26,7 @@ __all__ = [
     "as_float32",
     "as_int64",
     "as_uint16",
+    "as_uint32",
     "as_uint64",
     "copy_bytes",
     "inline",
@@ -33,19 +34,29 @@ __all__ = [
     "mulhi64",
     "parallel_for",
     "prefetch",
+    "prefetch_to_write",
+    "stack_bytes",
 ]  # fmt: skip
 
 
+_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
+
+
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles ``function`` on first use, cached on disk; it releases the GIL, so :func:`parallel_for` can run it."""
-    dispatcher = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    """Compiles ``function`` on first use, cached on disk; it releases the GIL, so :func:`parallel_for` can run it.
+
+    It cannot allocate arrays: for that Numba would count references to all arrays, and where one is handed to another
+    function, count atomically: in kernels of that kind that was half of the time for a row. Scratch memory comes from
+    :func:`stack_bytes` or from the caller.
+    """
+    dispatcher = numba.njit(no_cfunc_wrapper=True, **_OPTIONS)(function)
     dispatcher._cache = kernel_cache(function)
     return dispatcher
 
 
 #: For functions called from kernels: compiled into them. Python must not call them: the wrappers for that, a fifth of
 #: what there was to compile, are left out.
-inline = numba.njit(nogil=True, error_model="numpy", inline="never", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inline = numba.njit(inline="never", no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 #: Keys that a kernel looks ahead. One random access takes as long as the work on about this many rows.
 PREFETCH_DISTANCE = np.int64(8)
@@ -120,9 +131,25 @@ def _pointer_to(element: Any) -> Any:
 #: int64 address -> pointer, to be indexed or handed to ``numba.carray``.
 as_bytes = _pointer_to(types.uint8)
 as_uint16 = _pointer_to(types.uint16)
+as_uint32 = _pointer_to(types.uint32)
 as_uint64 = _pointer_to(types.uint64)
 as_int64 = _pointer_to(types.int64)
 as_float32 = _pointer_to(types.float32)
+
+
+@intrinsic
+def stack_bytes(typing_context, num_bytes):  # type: ignore[no-untyped-def]
+    """int64 address of so many bytes, a constant, in the frame of the kernel; undefined, at a multiple of 64."""
+    if not isinstance(num_bytes, types.IntegerLiteral):
+        raise errors.RequireLiteralValue("the size must be a constant")
+    signature = types.int64(num_bytes)
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        memory = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), num_bytes.literal_value))
+        memory.align = 64
+        return builder.ptrtoint(memory, ir.IntType(64))
+
+    return signature, generate
 
 
 @intrinsic
@@ -139,26 +166,39 @@ def copy_bytes(typing_context, target, source, num_bytes):  # type: ignore[no-un
     return signature, generate
 
 
-@intrinsic
-def _prefetch_line(typing_context, address):  # type: ignore[no-untyped-def]
-    signature = types.void(types.int64)
+def _prefetch_line(to_write: bool) -> Any:
+    @intrinsic
+    def prefetch_line(typing_context, address):  # type: ignore[no-untyped-def]
+        signature = types.void(types.int64)
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        byte_pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte_pointer, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        numbers = [ir.Constant(number, value) for value in (0, 3, 1)]  # to read, into all caches, as data
-        builder.call(function, [builder.inttoptr(arguments[0], byte_pointer), *numbers])
-        return context.get_dummy_value()
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            byte_pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [byte_pointer, number, number, number])
+            function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+            numbers = [ir.Constant(number, value) for value in (int(to_write), 3, 1)]  # into all caches, as data
+            builder.call(function, [builder.inttoptr(arguments[0], byte_pointer), *numbers])
+            return context.get_dummy_value()
 
-    return signature, generate
+        return signature, generate
+
+    return prefetch_line
+
+
+_line_to_read, _line_to_write = _prefetch_line(to_write=False), _prefetch_line(to_write=True)
 
 
 @inline
 def prefetch(address, num_bytes):  # type: ignore[no-untyped-def]
-    """Asks for the cache lines of ``num_bytes`` bytes at ``address`` before they are needed; never faults."""
-    for line in range(0, num_bytes, 64):
-        _prefetch_line(address + line)
+    """Asks for the cache lines of ``num_bytes`` bytes from ``address`` on before they are needed; never faults."""
+    for line in range(address & ~63, address + num_bytes, 64):
+        _line_to_read(line)
+
+
+@inline
+def prefetch_to_write(address, num_bytes):  # type: ignore[no-untyped-def]
+    """Like :func:`prefetch`, for lines that will be written to."""
+    for line in range(address & ~63, address + num_bytes, 64):
+        _line_to_write(line)
 
 
 @intrinsic

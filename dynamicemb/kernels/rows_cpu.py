@@ -12,13 +12,16 @@ from numba.extending import intrinsic
 
 from dynamicemb.kernels.numba_support import as_float32, as_uint16, copy_bytes, inline
 from dynamicemb.kernels.segment_sum import BLOCK_ROWS
+from dynamicemb.options import MAX_DIM
 
-__all__ = ["DTYPE_CODES", "FLOAT32", "read_row", "sum_rows", "write_row"]
+__all__ = ["DTYPE_CODES", "FLOAT32", "MAX_ROW_BYTES", "read_row", "sum_rows", "write_row"]
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 #: How kernels are told a dtype.
 DTYPE_CODES = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
+#: The widest row, in float32.
+MAX_ROW_BYTES = 4 * MAX_DIM
 _16 = np.uint32(16)
 _BLOCK_ROWS = np.int64(BLOCK_ROWS)
 

@@ -56,7 +56,7 @@ def test_blocks_round_less_than_one_long_sum() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 3, 4, 20, 64])
+@pytest.mark.parametrize("dim", [1, 3, 4, 20, 64, 1028, 2500])
 def test_sums_are_float32_sums_in_batch_order(dim: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(dim)
     keys = torch.randint(0, 20, (400,), generator=generator)

@@ -28,7 +28,7 @@ from dynamicemb.kernels.dedup.words_cpu import (
     sort_words,
 )
 from dynamicemb.kernels.hashing.cpu import mix
-from dynamicemb.kernels.numba_support import inline, kernel, mulhi64, parallel_for
+from dynamicemb.kernels.numba_support import as_uint32, inline, kernel, mulhi64, parallel_for, stack_bytes
 from dynamicemb.kernels.views import UniqueKeys
 
 # A table with more keys is divided into ranges of 512 to 1024 keys, which fit into the first-level cache with all that
@@ -40,6 +40,7 @@ _MIN_KEYS_OF_PIECE, _MAX_PIECES = 1 << 13, 32
 _MIN_PIECES_PER_THREAD = 2
 # Sorting takes 4 ns a key, writing 2.
 _MIN_WORDS_PER_THREAD = 1 << 13
+_CELL_BYTES = 4 << MAX_CELL_BITS
 _0, _1, _63, _64 = np.uint64(0), np.uint64(1), np.uint64(63), np.uint64(64)
 
 # Columns of the plan, int64: of tables; there is a row more than tables.
@@ -189,7 +190,7 @@ def _sort(start, end, tables, pieces, segments, keys, divided_keys, positions, l
     """Sorts the segments that begin between ``start`` and ``end``; leaves keys in ``words`` and positions in ``spare``,
     as :func:`mark_entries` says."""
     low_mask = (_1 << low_bits) - _1
-    cells = np.empty(1 << MAX_CELL_BITS, np.uint32)
+    cells = as_uint32(stack_bytes(_CELL_BYTES))
     no_positions = positions[:0]
     segment = _first_at(segments, _SEGMENT_WORD, start)
     while segment < segments.shape[0] - 1 and segments[segment, _SEGMENT_WORD] < end:

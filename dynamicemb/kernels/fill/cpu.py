@@ -19,36 +19,30 @@ from dynamicemb.kernels.fill import (
     SQRT_HALF,
     FillMode,
 )
+from dynamicemb.kernels.fill.philox_cpu import BLOCKS, philox_blocks
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
-from dynamicemb.kernels.numba_support import as_float32, inline, kernel, parallel_for
-from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, read_row, write_row
+from dynamicemb.kernels.numba_support import (
+    PREFETCH_DISTANCE,
+    as_float32,
+    as_uint32,
+    inline,
+    kernel,
+    parallel_for,
+    prefetch_to_write,
+    stack_bytes,
+)
+from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, MAX_ROW_BYTES, read_row, write_row
 from dynamicemb.kernels.views import AddressRow, GroupView, InitializerView, KeyStatus, UniqueKeys
 
 _ROWS = np.int64(AddressRow.ROWS)
 _INSERTED, _REPLACED = np.int8(KeyStatus.INSERTED), np.int8(KeyStatus.REPLACED)
 _CONSTANT, _UNIFORM, _NORMAL = np.int32(FillMode.CONSTANT), np.int32(FillMode.UNIFORM), np.int32(FillMode.NORMAL)
 _TRUNCATED_NORMAL = np.int32(FillMode.TRUNCATED_NORMAL)
-_LOW_32, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
-# Philox4x32: Salmon et al. 2011, table 2 and section 4.3.
-_PHILOX_A, _PHILOX_B = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_WEYL_A, _WEYL_B = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_WORDS = 4 * BLOCKS
+#: Scratch memory of :func:`first_values`.
+WORDS_BYTES = 4 * _WORDS
 _CENTRE_A, _CENTRE_B = np.array(QUANTILE_CENTRE_A), np.array(QUANTILE_CENTRE_B)
 _TAIL_C, _TAIL_D = np.array(QUANTILE_TAIL_C), np.array(QUANTILE_TAIL_D)
-
-
-@inline
-def philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10; all values are 32-bit words in uint64."""
-    for _ in range(10):
-        product_a = c0 * _PHILOX_A
-        product_b = c2 * _PHILOX_B
-        c0 = (product_b >> _32) ^ c1 ^ k0
-        c1 = product_b & _LOW_32
-        c2 = (product_a >> _32) ^ c3 ^ k1
-        c3 = product_a & _LOW_32
-        k0 = (k0 + _WEYL_A) & _LOW_32
-        k1 = (k1 + _WEYL_B) & _LOW_32
-    return c0, c1, c2, c3
 
 
 @inline
@@ -92,31 +86,34 @@ def quantile(p):
 
 
 @inline
-def _value(word, mode, parameters):
-    u = (np.float64(word) + 0.5) * 2.3283064365386963e-10  # 2**-32
-    if mode == _UNIFORM:
-        return np.float32(parameters[0] + (parameters[1] - parameters[0]) * u)
-    if mode == _NORMAL:
-        return np.float32(parameters[0] + parameters[1] * quantile(u))
-    return np.float32(parameters[0] + parameters[1] * quantile(parameters[2] + (parameters[3] - parameters[2]) * u))
+def _probability(word):
+    return (np.float64(word) + 0.5) * 2.3283064365386963e-10  # 2**-32
 
 
 @inline
-def first_values(key, seed, mode, parameters, out):
-    """out[:] = the row that ``key`` begins with, in float32; ``out.size`` is a multiple of 4."""
-    if mode == _CONSTANT:
-        out[:] = np.float32(parameters[0])
+def first_values(key, seed, mode, parameters, out, dim, words):
+    """Writes the row that ``key`` begins with to ``dim`` float32 values at address ``out``; ``dim`` is a multiple of 4.
+    ``words`` is the address of WORDS_BYTES bytes of scratch memory."""
+    values, words_here = as_float32(out), as_uint32(words)
+    if mode == _CONSTANT or mode > _TRUNCATED_NORMAL:  # DEBUG
+        value = np.float32(parameters[0]) if mode == _CONSTANT else np.float32(key % DEBUG_MODULUS)
+        for i in range(dim):
+            values[i] = value
         return
-    if mode > _TRUNCATED_NORMAL:  # DEBUG
-        out[:] = np.float32(key % DEBUG_MODULUS)
-        return
-    bits, seed_bits = np.uint64(key), np.uint64(seed)
-    for block in range(out.size // 4):
-        words = philox(
-            bits & _LOW_32, bits >> _32, np.uint64(block), np.uint64(0), seed_bits & _LOW_32, seed_bits >> _32
-        )
-        for i in range(4):
-            out[4 * block + i] = _value(words[i], mode, parameters)
+    p0, p1, p2, p3 = parameters[0], parameters[1], parameters[2], parameters[3]
+    for first in range(0, dim, _WORDS):
+        philox_blocks(np.uint64(key), np.uint64(seed), np.uint64(first // 4), words)
+        count = min(dim - first, _WORDS)
+        if mode == _UNIFORM:
+            for i in range(count):
+                values[first + i] = np.float32(p0 + (p1 - p0) * _probability(words_here[i]))
+        elif mode == _NORMAL:
+            for i in range(count):
+                values[first + i] = np.float32(p0 + p1 * quantile(_probability(words_here[i])))
+        else:
+            for i in range(count):
+                p = p2 + (p3 - p2) * _probability(words_here[i])
+                values[first + i] = np.float32(p0 + p1 * quantile(p))
 
 
 @kernel
@@ -124,40 +121,42 @@ def _fill(
     start, stop, addresses, row_bytes, dim, code, state_offset, state_width, keys, tables, slots, status, seeds, modes,
     parameters, states,
 ):  # fmt: skip
-    row = np.empty(dim, np.float32)
-    row_address = np.int64(row.ctypes.data)
+    words, rounded_from = stack_bytes(WORDS_BYTES), stack_bytes(MAX_ROW_BYTES)
     for u in range(start, stop):
+        ahead = min(u + PREFETCH_DISTANCE, stop - 1)
+        if status[ahead] == _INSERTED or status[ahead] == _REPLACED:
+            row = addresses[_ROWS, chunk_of(slots[ahead])] + offset_of(slots[ahead]) * row_bytes
+            prefetch_to_write(row, row_bytes)
         if status[u] != _INSERTED and status[u] != _REPLACED:
             continue
         table = tables[u]
         address = addresses[_ROWS, chunk_of(slots[u])] + offset_of(slots[u]) * row_bytes
-        first_values(keys[u], seeds[table], modes[table], parameters[table], row)
-        write_row(address, code, row_address, dim)
+        values = address if code == FLOAT32 else rounded_from
+        first_values(keys[u], seeds[table], modes[table], parameters[table], values, dim, words)
+        if code != FLOAT32:
+            write_row(address, code, values, dim)
         state = as_float32(address + state_offset)
         for i in range(state_width):
             state[i] = states[table]
 
 
 @kernel
-def _fill_missing(start, stop, rows, keys, tables, slots, seeds, modes, parameters, code):
-    dim = rows.shape[1]
-    rounded = np.empty(dim, np.float32)  # room enough for any dtype
-    rounded_address = np.int64(rounded.ctypes.data)
+def _fill_missing(start, stop, rows, dim, keys, tables, slots, seeds, modes, parameters, code):
+    words, rounded = stack_bytes(WORDS_BYTES), stack_bytes(MAX_ROW_BYTES)
     for i in range(start, stop):
         if slots[i] >= 0:
             continue
-        table = tables[i]
-        first_values(keys[i], seeds[table], modes[table], parameters[table], rows[i])
+        table, row = tables[i], rows + i * dim * 4
+        first_values(keys[i], seeds[table], modes[table], parameters[table], row, dim, words)
         if code != FLOAT32:
-            row_address = np.int64(rows.ctypes.data) + i * dim * 4
-            write_row(rounded_address, code, row_address, dim)
-            read_row(rounded_address, code, row_address, dim)
+            write_row(rounded, code, row, dim)
+            read_row(rounded, code, row, dim)
 
 
 def fill(view: GroupView, unique: UniqueKeys, slots: torch.Tensor, status: torch.Tensor, init: InitializerView) -> None:
     layout = view.layout
     parallel_for(
-        _fill, unique.keys.numel(), view.addresses.numpy(), np.int64(layout.row_bytes), layout.dim,
+        _fill, unique.keys.numel(), view.addresses.numpy(), np.int64(layout.row_bytes), np.int64(layout.dim),
         DTYPE_CODES[layout.embedding_dtype], np.int64(layout.state_offset_bytes), layout.state_width,
         unique.keys.numpy(), unique.tables.numpy(), slots.numpy(), status.numpy(), init.seeds.numpy(),
         init.modes.numpy(), init.parameters.numpy(), init.states.numpy(),
@@ -169,6 +168,6 @@ def fill_missing(
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     parallel_for(
-        _fill_missing, keys.numel(), rows.numpy(), keys.numpy(), tables.numpy(), slots.numpy(), init.seeds.numpy(),
-        init.modes.numpy(), init.parameters.numpy(), DTYPE_CODES[dtype],
+        _fill_missing, keys.numel(), np.int64(rows.data_ptr()), np.int64(rows.shape[1]), keys.numpy(), tables.numpy(),
+        slots.numpy(), init.seeds.numpy(), init.modes.numpy(), init.parameters.numpy(), DTYPE_CODES[dtype],
     )  # fmt: skip

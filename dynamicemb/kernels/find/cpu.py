@@ -1,4 +1,4 @@
-"""Find on the CPU: one bucket's digest line, eight digests at a time, then the keys of the few that match."""
+"""Find on the CPU: one bucket's digest line, 64 digests at a time, then the keys of the few that match."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from typing import Optional, Union
 import numpy as np
 import torch
 
+from dynamicemb.kernels.digests_cpu import first_match
 from dynamicemb.kernels.hashing.cpu import bucket_of, digest_of, mix, place_of
 from dynamicemb.kernels.layout import CHUNK_SHIFT, MAX_CHUNKS, NO_SLOT
 from dynamicemb.kernels.numba_support import (
+    as_bytes,
     as_int64,
-    as_uint64,
     inline,
     kernel,
     parallel_for,
     prefetch,
+    prefetch_to_write,
+    stack_bytes,
 )
 from dynamicemb.kernels.views import (
     AddressRow,
@@ -39,12 +42,12 @@ _NO_SLOT = np.int64(NO_SLOT)
 _FOUND = np.int8(KeyStatus.FOUND)
 _ENTRY, _DIFFERENCE = np.int64(ScoreSource.ENTRY), np.int64(ScoreSource.DIFFERENCE)
 _NEXT = np.int64(ScoreSource.NEXT)
-_EVERY_BYTE, _LOW_7_BITS = np.uint64(0x0101010101010101), np.uint64(0x7F7F7F7F7F7F7F7F)
-_0, _8 = np.uint64(0), np.uint64(8)
 _CHUNK_SHIFT = np.int64(CHUNK_SHIFT)
 _NO_STATUS = np.empty(0, np.int8)
-# Keys of a block: more than a core has memory accesses under way.
-_BLOCK = 32
+# Keys between two stages, and what is remembered of those in between: a power of two above twice that.
+_DISTANCE = 16
+_RING = 64
+_RING_MASK, _RING_BYTES = _RING - 1, 8 * _RING
 
 
 @inline
@@ -53,24 +56,6 @@ def bucket_place(geometry, table, mixed, world_size):
     levels = np.uint64(geometry[table, _LEVELS])
     bucket = bucket_of(mixed, world_size, np.uint64(geometry[table, _MAX_BUCKETS]), np.uint64(geometry[table, _SHIFT]))
     return place_of(bucket, levels)
-
-
-@inline
-def first_match(digests, pattern, slot, capacity):
-    """First slot from ``slot`` on whose digest is that of ``pattern``, or −1; ``digests`` is the bucket's line."""
-    words = as_uint64(digests)
-    while slot < capacity:
-        difference = words[slot >> 3] ^ pattern
-        # The high bit of each byte that is zero, exactly: no carry crosses a byte. Bytes before ``slot`` are left out.
-        matches = ~(((difference & _LOW_7_BITS) + _LOW_7_BITS) | difference | _LOW_7_BITS)
-        matches >>= np.uint64((slot & 7) * 8)
-        if matches != _0:
-            while matches & np.uint64(0x80) == _0:
-                matches >>= _8
-                slot += 1
-            return np.int64(slot)
-        slot = (slot | 7) + 1
-    return _NO_SLOT
 
 
 @inline
@@ -90,43 +75,50 @@ def _find(
     start, stop, addresses, geometry, capacity, world_size, keys, tables, scores, source, touch, accumulate, slots,
     status,
 ):  # fmt: skip
-    """In blocks, and each block in three rounds, so that a round's random accesses are under way all at once."""
-    chunks, firsts = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.int64)
-    candidates, patterns = np.empty(_BLOCK, np.int64), np.empty(_BLOCK, np.uint64)
-    for block in range(start, stop, _BLOCK):
-        size = min(_BLOCK, stop - block)
-        for i in range(size):
-            mixed, table = mix(keys[block + i]), np.int64(tables[block + i])
+    """In three stages, each for a key that lies a few keys behind that of the stage before it, so that the random
+    accesses of many keys are under way at once: the digest line, the keys of the slots that match, and the rest."""
+    chunks, firsts = as_int64(stack_bytes(_RING_BYTES)), as_int64(stack_bytes(_RING_BYTES))
+    candidates, digests = as_int64(stack_bytes(_RING_BYTES)), as_bytes(stack_bytes(_RING))
+    for step in range(start, stop + 2 * _DISTANCE):
+        if step < stop:
+            i = step & _RING_MASK
+            mixed, table = mix(keys[step]), np.int64(tables[step])
             chunk, index = bucket_place(geometry, table, mixed, world_size)
             chunks[i], firsts[i] = table * _MAX_CHUNKS + chunk, index * capacity
-            patterns[i] = np.uint64(digest_of(mixed)) * _EVERY_BYTE
+            digests[i] = digest_of(mixed)
             prefetch(addresses[_DIGESTS, chunks[i]] + firsts[i], capacity)
-        for i in range(size):
-            at = chunks[i]
-            slot = first_match(addresses[_DIGESTS, at] + firsts[i], patterns[i], np.int64(0), capacity)
+        u = step - _DISTANCE
+        if start <= u < stop:
+            i = u & _RING_MASK
+            line, first_key = addresses[_DIGESTS, chunks[i]] + firsts[i], addresses[_KEYS, chunks[i]] + firsts[i] * 8
+            first_score = addresses[_SCORES, chunks[i]] + firsts[i] * 8
+            slot = first_match(line, digests[i], np.int64(0), capacity)
             candidates[i] = slot
-            if slot != _NO_SLOT:
-                prefetch(addresses[_KEYS, at] + (firsts[i] + slot) * 8, 8)
+            while slot != _NO_SLOT:
+                prefetch(first_key + slot * 8, 8)
                 if touch:
-                    prefetch(addresses[_SCORES, at] + (firsts[i] + slot) * 8, 8)
-        for i in range(size):
-            at, slot, key = chunks[i], candidates[i], keys[block + i]
+                    prefetch_to_write(first_score + slot * 8, 8)
+                slot = first_match(line, digests[i], slot + 1, capacity)
+        u = step - 2 * _DISTANCE
+        if start <= u:
+            i = u & _RING_MASK
+            at, slot, key = chunks[i], candidates[i], keys[u]
             keys_here = as_int64(addresses[_KEYS, at] + firsts[i] * 8)
             while slot != _NO_SLOT and keys_here[slot] != key:
-                slot = first_match(addresses[_DIGESTS, at] + firsts[i], patterns[i], slot + 1, capacity)
+                slot = first_match(addresses[_DIGESTS, at] + firsts[i], digests[i], slot + 1, capacity)
             if slot == _NO_SLOT:
-                slots[block + i] = _NO_SLOT
+                slots[u] = _NO_SLOT
                 continue
-            slots[block + i] = (at << _CHUNK_SHIFT) | (firsts[i] + slot)
+            slots[u] = (at << _CHUNK_SHIFT) | (firsts[i] + slot)
             if touch:
                 stored = as_int64(addresses[_SCORES, at] + firsts[i] * 8)
-                score = score_of(scores, source, block + i, tables[block + i])
+                score = score_of(scores, source, u, tables[u])
                 if accumulate:
                     stored[slot] += score
                 else:
                     stored[slot] = score
                 if status.size > 0:
-                    status[block + i] = _FOUND
+                    status[u] = _FOUND
 
 
 def find(

@@ -6,18 +6,21 @@ import numpy as np
 import torch
 
 from dynamicemb.kernels.host_memory import empty_rows
-from dynamicemb.kernels.numba_support import kernel, parallel_for
-from dynamicemb.kernels.rows_cpu import DTYPE_CODES, sum_rows
+from dynamicemb.kernels.numba_support import kernel, parallel_for, stack_bytes
+from dynamicemb.kernels.rows_cpu import DTYPE_CODES, MAX_ROW_BYTES, sum_rows
 from dynamicemb.kernels.views import UniqueKeys
+from dynamicemb.options import MAX_DIM
 
 
 @kernel
-def _sum_rows(start, stop, values, value_bytes, code, order, offsets, dim, out):
-    block_buffer = np.empty(dim, np.float32)
-    block = np.int64(block_buffer.ctypes.data)
+def _sum_rows(start, stop, values, row_bytes, code, order, offsets, dim, out):
+    block = stack_bytes(MAX_ROW_BYTES)
     for entry in range(start, stop):
-        target = out + entry * dim * 4
-        sum_rows(values, value_bytes, code, order, offsets[entry], offsets[entry + 1], target, block, dim)
+        for column in range(0, dim, MAX_DIM):  # rows of static tables may be wider than ``block``
+            sum_rows(
+                values + column * (row_bytes // dim), row_bytes, code, order, offsets[entry], offsets[entry + 1],
+                out + (entry * dim + column) * 4, block, min(dim - column, MAX_DIM),
+            )  # fmt: skip
 
 
 @kernel

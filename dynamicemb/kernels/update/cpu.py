@@ -17,8 +17,9 @@ from dynamicemb.kernels.numba_support import (
     kernel,
     parallel_for,
     prefetch,
+    stack_bytes,
 )
-from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, read_row, sum_rows, write_row
+from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, MAX_ROW_BYTES, read_row, sum_rows, write_row
 from dynamicemb.kernels.steps.cpu import advance_steps
 from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode
 from dynamicemb.kernels.views import AddressRow, GroupView, UniqueKeys
@@ -111,10 +112,7 @@ def _update(
     start, stop, addresses, row_bytes, dim, code, state_offset, kind, decay_mode, tables, slots, order, offsets,
     gradients, gradient_bytes, gradient_code, hyperparameters, corrections,
 ):  # fmt: skip
-    gradient_buffer, row_buffer = np.empty(dim, np.float32), np.empty(dim, np.float32)
-    gradient, row = np.int64(gradient_buffer.ctypes.data), np.int64(row_buffer.ctypes.data)
-    block_buffer = np.empty(dim, np.float32)
-    block = np.int64(block_buffer.ctypes.data)
+    gradient, row, block = stack_bytes(MAX_ROW_BYTES), stack_bytes(MAX_ROW_BYTES), stack_bytes(MAX_ROW_BYTES)
     for u in range(start, stop):
         ahead = min(u + PREFETCH_DISTANCE, stop - 1)
         if slots[ahead] >= 0:
