@@ -99,8 +99,8 @@ def step_rows(kind: OptimizerKind) -> list[Row]:
         Row("fill, nothing new", "_fill_kernel", traffic.fill(UNIQUE, 0, layout)),
         Row("tally", "_tally_kernel", traffic.tally(UNIQUE, TABLES)),
         Row("gather", "_gather_kernel", traffic.gather(IDS, UNIQUE, layout)),
+        Row("step counted, whole blocks summed", "_begin_update_kernel", traffic.begin_update(IDS)),
         Row("update, sums included", "_update_kernel", traffic.update(IDS, UNIQUE, layout)),
-        Row("clock, scores, steps: a few small ones", "element-wise and indexing (torch)", traffic.scores(IDS)),
     ]
 
 

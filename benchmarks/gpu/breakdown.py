@@ -102,6 +102,7 @@ def _training_work(size: Size, pair: Pair) -> dict[str, Traffic]:
         "fill": traffic.fill(unique, 0, layout),
         "tally": traffic.tally(unique, size.tables),
         "gather": traffic.gather(size.ids, unique, layout),
+        "begin_update": traffic.begin_update(size.ids),  # before the word that its name has, too
         "update": traffic.update(size.ids, unique, layout),
     }
 

@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from dynamicemb.kernels.layout import METADATA_BYTES_PER_SLOT, RowLayout
+from dynamicemb.kernels.segment_sum import BLOCK_ROWS
 
 __all__ = [
     "SECTOR_BYTES",
     "SortWork",
     "Traffic",
     "backward",
+    "begin_update",
     "dedup",
     "dedup_compare",
     "dedup_number",
@@ -41,7 +43,6 @@ __all__ = [
     "gather_rows",
     "insert",
     "rows_read",
-    "scores",
     "sort",
     "static_backward",
     "static_forward",
@@ -151,11 +152,6 @@ def dedup(ids: float, unique: float) -> Traffic:
     return dedup_prefix(ids) + sort(ids) + dedup_compare(ids) + dedup_number(ids, unique)
 
 
-def scores(ids: float) -> Traffic:
-    """A score for each entry, of its table's clock."""
-    return Traffic(ids * (TABLE_BYTES + SCORE_BYTES))
-
-
 def find(
     keys: float,
     hits: float,
@@ -164,7 +160,8 @@ def find(
     touched: Optional[float] = None,
     touch: bool = False,
 ) -> Traffic:
-    """Each key's digest line, the stored keys behind the digests that match, a slot out; with ``touch``, a score.
+    """Each key's digest line, the stored keys behind the digests that match, a slot out; with ``touch``, a score and a
+    status.
 
     Args:
         keys: looked up.
@@ -172,23 +169,23 @@ def find(
         load: share of the slots that are taken, from which false matches follow.
         bucket_capacity: bytes of a digest line.
         touched: distinct lines, where the keys come in the order of the buckets; None: every key reads its own.
-        touch: scores are written.
+        touch: scores are written, of a clock for each table.
     """
     lines = keys if touched is None else touched
     stored_keys = hits + keys * load * bucket_capacity / DIGEST_VALUES
     accesses = rows_read(lines, bucket_capacity) + rows_read(stored_keys, SECTOR_BYTES)
     streamed = keys * (KEY_BYTES + TABLE_BYTES + SLOT_BYTES)
     if touch:
-        streamed += keys * SCORE_BYTES
+        streamed += hits * STATUS_BYTES
         accesses += rows_read(hits, SECTOR_BYTES)
     return Traffic(streamed) + accesses
 
 
 def insert(unique: float, misses: float, buckets: float, evicted: float = 0.0, bucket_capacity: int = 128) -> Traffic:
-    """Slots of all keys looked through, keys hashed again, statuses out; each bucket with a miss reads digests and
-    scores; each key that is placed writes digest, key and score, and hands on what it evicted."""
-    streamed = unique * (KEY_BYTES + TABLE_BYTES + SLOT_BYTES + STATUS_BYTES)
-    streamed += misses * (SCORE_BYTES + SLOT_BYTES) + evicted * (KEY_BYTES + SCORE_BYTES)
+    """Slots of all keys looked through, keys hashed again; each bucket with a miss reads digests and scores; each key
+    that is placed writes digest, key, score, slot and status, and hands on what it evicted."""
+    streamed = unique * (KEY_BYTES + TABLE_BYTES + SLOT_BYTES)
+    streamed += misses * (SLOT_BYTES + STATUS_BYTES) + evicted * (KEY_BYTES + SCORE_BYTES)
     lines = rows_read(touched_buckets(misses, buckets), bucket_capacity * (1 + SCORE_BYTES))
     return Traffic(streamed) + lines + rows_read(3 * misses + evicted, SECTOR_BYTES)
 
@@ -220,6 +217,12 @@ def gather(ids: float, unique: float, layout: RowLayout, through_inverse: bool =
 def gather_rows(ids: float, unique: float, row_bytes: int) -> Traffic:
     """Every distinct row of a tensor read, and one written for each id, in the same dtype."""
     return Traffic(ids * (POSITION_BYTES + row_bytes)) + rows_read(unique, row_bytes)
+
+
+def begin_update(ids: float) -> Traffic:
+    """For each so many positions the entry of the last one, and where it begins and ends; the gradients that belong to
+    whole blocks are those that the update need not read."""
+    return rows_read(3 * ids / BLOCK_ROWS, SECTOR_BYTES)
 
 
 def update(ids: float, unique: float, layout: RowLayout, gradient_bytes: int = FLOAT_BYTES) -> Traffic:
@@ -256,7 +259,7 @@ def forward(
 
 def backward(ids: float, unique: float, layout: RowLayout) -> Traffic:
     """The update, which is all there is to do."""
-    return update(ids, unique, layout)
+    return begin_update(ids) + update(ids, unique, layout)
 
 
 def find_repeated(ids: float, unique: float, load: float, bucket_capacity: int = 128) -> Traffic:
