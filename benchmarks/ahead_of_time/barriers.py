@@ -1,15 +1,15 @@
-"""Races inside a program: accesses of two warps to one address of global memory, one of them a store, and no barrier
-that lies between them on every way through the code.
+"""Data races inside a program: two warps access one address of global memory, one of them writes, and there is a path
+through the code on which no barrier lies between the two accesses.
 
-The threads of a warp run in step, and Triton puts the barriers that its exchanges through shared memory need. It puts
-none for global memory: where a kernel reads again what it wrote, or writes where other warps may still read, the kernel
-needs a ``tl.debug_barrier()`` or an exchange in between. Neither the interpreter nor a test on a GPU shows that one is
-missing, unless a warp happens to be late.
+Triton takes the threads of a warp to run in step, and puts barriers around its own exchanges through shared memory. It
+puts none between accesses to global memory: a kernel that reads what other warps have written, or writes what other
+warps may not have read yet, needs a ``tl.debug_barrier()`` between, or an exchange. Nothing fails where one is missing
+until a warp happens to be late, and in the interpreter never.
 
-PTX is cut into pieces (:mod:`~ahead_of_time.ptx`). For any two pieces with accesses of which the second can follow the
-first without a barrier, a way through the code that does so runs with made-up values
-(:mod:`~ahead_of_time.made_up_run`), and addresses are compared, whatever the branches on that way ask for. So an access
-that only some ways make equal to another may be missed; one that is found needs no luck to be found again.
+For each two basic blocks of which the second can follow the first without a barrier, a path that does so is run by
+random interpretation (:mod:`~ahead_of_time.random_interpretation`), and the addresses are compared. Whether branches
+would ever take that path is not asked. Not seen are races between programs, addresses that are equal by the values of
+the data only or only on a longer path, and tensors that share memory.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Optional
 
 import numpy as np
 
-from ahead_of_time.made_up_run import Access, MadeUpRun
 from ahead_of_time.ptx import Instruction, Program, parse, threads_of
+from ahead_of_time.random_interpretation import Access, RandomInterpreter
 
 __all__ = ["races"]
 
 _WARP = 32
-#: Two pieces of a program without a barrier between; None: one piece alone.
+#: Two blocks of which the second follows the first without a barrier; None: one block alone.
 _Pair = tuple[int, Optional[int]]
 
 
@@ -44,17 +44,17 @@ def races(ptx: str) -> list[str]:
     covered: set[_Pair] = set()
     for pair in _pairs(program):
         if pair not in covered:
-            for one, other in _racing(program, _way(program, pair), covered):
+            for one, other in _racing(program, _path(program, pair), covered):
                 found[f"no barrier between {one} and {other} of another warp"] = None
     return [*found]
 
 
 def _pairs(program: Program) -> Iterator[_Pair]:
-    """Pieces with accesses, each alone, and then with those that can follow it without a barrier."""
+    """Blocks with accesses, each alone, and then with those that can follow it without a barrier."""
     accessing = {
         number
-        for number, piece in enumerate(program.pieces)
-        if any(instruction.accesses_global_memory for instruction in piece.instructions)
+        for number, block in enumerate(program.blocks)
+        if any(instruction.accesses_global_memory for instruction in block.instructions)
     }
     reachable = _reached(program, [0], through_barriers=True).keys()
     for first in sorted(accessing & reachable):
@@ -63,56 +63,56 @@ def _pairs(program: Program) -> Iterator[_Pair]:
         yield from ((first, second) for second in reversed(after) if second in accessing)
 
 
-def _next(program: Program, piece: int, through_barriers: bool = False) -> list[int]:
-    if program.pieces[piece].ends_in_barrier and not through_barriers:
+def _next(program: Program, block: int, through_barriers: bool = False) -> list[int]:
+    if program.blocks[block].ends_in_barrier and not through_barriers:
         return []
-    return program.pieces[piece].successors
+    return program.blocks[block].successors
 
 
 def _reached(program: Program, starts: Iterable[int], through_barriers: bool) -> dict[int, Optional[int]]:
-    """Pieces that can be reached from ``starts``, each with the one before it on a shortest way; None at a start."""
+    """Blocks that can be reached from ``starts``, each with the one before it on a shortest path; None for a start."""
     before: dict[int, Optional[int]] = dict.fromkeys(starts)
     waiting = deque(before)
     while waiting:
-        piece = waiting.popleft()
-        for after in _next(program, piece, through_barriers):
+        block = waiting.popleft()
+        for after in _next(program, block, through_barriers):
             if after not in before:
-                before[after] = piece
+                before[after] = block
                 waiting.append(after)
     return before
 
 
 def _shortest(program: Program, starts: Iterable[int], end: int, through_barriers: bool) -> list[int]:
     before = _reached(program, starts, through_barriers)
-    way = [end]
-    while (piece := before[way[-1]]) is not None:
-        way.append(piece)
-    return way[::-1]
+    path = [end]
+    while (block := before[path[-1]]) is not None:
+        path.append(block)
+    return path[::-1]
 
 
-def _way(program: Program, pair: _Pair) -> list[int]:
-    """A shortest way from the beginning to the first piece, and from there without a barrier to the second one."""
+def _path(program: Program, pair: _Pair) -> list[int]:
+    """A shortest path from the beginning to the first block, and from there without a barrier to the second one."""
     first, second = pair
-    way = _shortest(program, [0], first, through_barriers=True)
+    path = _shortest(program, [0], first, through_barriers=True)
     if second is not None:
-        way += _shortest(program, _next(program, first), second, through_barriers=False)
-    return way
+        path += _shortest(program, _next(program, first), second, through_barriers=False)
+    return path
 
 
-def _racing(program: Program, way: list[int], covered: set[_Pair]) -> Iterator[tuple[Instruction, Instruction]]:
-    """Instructions that race on ``way``. Adds the pairs of pieces that it shows to ``covered``, and skips those."""
-    run = MadeUpRun(program)
+def _racing(program: Program, path: list[int], covered: set[_Pair]) -> Iterator[tuple[Instruction, Instruction]]:
+    """Instructions that race on ``path``. Skips pairs of blocks that are ``covered``, and adds those on the path."""
+    run = RandomInterpreter(program)
     since_barrier: list[tuple[int, list[Access]]] = []
-    for number in way:
-        piece = program.pieces[number]
-        accesses = [access for instruction in piece.instructions if (access := run.run(instruction)) is not None]
+    for number in path:
+        block = program.blocks[number]
+        accesses = [access for instruction in block.instructions if (access := run.run(instruction)) is not None]
         candidates = [] if (number, None) in covered else [*itertools.combinations(accesses, 2)]
         for earlier, before in since_barrier:
             if (earlier, number) not in covered:
                 candidates += itertools.product(before, accesses)
         covered |= {(number, None), *((earlier, number) for earlier, _ in since_barrier)}
         yield from ((one.instruction, other.instruction) for one, other in candidates if _race(one, other))
-        since_barrier = [] if piece.ends_in_barrier else [*since_barrier, (number, accesses)]
+        since_barrier = [] if block.ends_in_barrier else [*since_barrier, (number, accesses)]
 
 
 def _race(one: Access, other: Access) -> bool:

@@ -1,7 +1,7 @@
-"""PTX of one kernel as data: its instructions, and the pieces of straight code between branches and barriers.
+"""PTX of one kernel as data: its instructions, in basic blocks.
 
 Only what Triton emits is read: one ``.entry`` without functions, and barriers that all threads of a program take part
-in. Anything else is an :class:`PtxError`, so that nobody believes that it was checked.
+in. Anything else raises a :class:`PtxError`, so that nobody believes that it was checked.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-__all__ = ["Instruction", "Piece", "Program", "PtxError", "parse", "threads_of"]
+__all__ = ["Block", "Instruction", "Program", "PtxError", "parse", "threads_of"]
 
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.MULTILINE)
@@ -69,13 +69,13 @@ class Instruction:
 
 
 @dataclass
-class Piece:
-    """Instructions that run one after the other. A barrier, a branch or a label is where one ends.
+class Block:
+    """A basic block: instructions without a branch or a label between them, and without a barrier.
 
     Attributes:
-        instructions: of the piece, its barrier or branch included.
-        successors: numbers of the pieces that may follow.
-        ends_in_barrier: whether all threads of the program meet before it goes on.
+        instructions: of the block; a branch or a barrier is the last one.
+        successors: indices of the blocks that may follow.
+        ends_in_barrier: whether all threads of the program wait for each other at its end.
     """
 
     instructions: list[Instruction] = field(default_factory=list)
@@ -90,12 +90,12 @@ class Program:
     Attributes:
         threads: of a program.
         registers: bits of each family of registers by prefix (``%rd``), 1 for predicates.
-        pieces: of its code; the first one is where it begins.
+        blocks: of its code; it begins in the first one.
     """
 
     threads: int
     registers: dict[str, int]
-    pieces: list[Piece]
+    blocks: list[Block]
 
     def bits_of(self, register: str) -> int:
         bits = self.registers.get(register) or self.registers.get(register.rstrip("0123456789"))
@@ -153,42 +153,42 @@ def _declared(declaration: str) -> dict[str, int]:
 
 
 class _Builder:
-    """Puts instructions into pieces, in the order of the text."""
+    """Collects instructions in basic blocks, in the order of the text."""
 
     def __init__(self) -> None:
-        self.pieces = [Piece()]
+        self.blocks = [Block()]
         self.labels: dict[str, int] = {}
-        self.branches: list[tuple[Piece, str]] = []
+        self.branches: list[tuple[Block, str]] = []
         self.falls_through = True
 
-    def begin_piece(self) -> None:
+    def begin_block(self) -> None:
         if self.falls_through:
-            self.pieces[-1].successors.append(len(self.pieces))
-        self.pieces.append(Piece())
+            self.blocks[-1].successors.append(len(self.blocks))
+        self.blocks.append(Block())
         self.falls_through = True
 
     def label(self, name: str) -> None:
-        self.begin_piece()
-        self.labels[name] = len(self.pieces) - 1
+        self.begin_block()
+        self.labels[name] = len(self.blocks) - 1
 
     def append(self, instruction: Instruction) -> None:
-        piece = self.pieces[-1]
-        piece.instructions.append(instruction)
+        block = self.blocks[-1]
+        block.instructions.append(instruction)
         if instruction.is_barrier:
-            piece.ends_in_barrier = True
+            block.ends_in_barrier = True
         elif instruction.opcode[0] == "bra":
-            self.branches.append((piece, instruction.operands[0][0]))
+            self.branches.append((block, instruction.operands[0][0]))
             self.falls_through = instruction.guard is not None
         elif instruction.opcode[0] in _ENDS:
             self.falls_through = instruction.guard is not None
         else:
             return
-        self.begin_piece()
+        self.begin_block()
 
-    def finished(self) -> list[Piece]:
-        for piece, target in self.branches:
-            piece.successors.append(self.labels[target])
-        return self.pieces
+    def finished(self) -> list[Block]:
+        for block, target in self.branches:
+            block.successors.append(self.labels[target])
+        return self.blocks
 
 
 def threads_of(ptx: str) -> int:

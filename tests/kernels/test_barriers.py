@@ -17,8 +17,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from tests.kernels import toy_races
 from tests.kernels.aot import (
     Launch,
-    MadeUpRun,
     PtxError,
+    RandomInterpreter,
     compilations,
     compiled,
     kernels,
@@ -118,9 +118,9 @@ def program(body: str, threads: int = 64) -> str:
 def computed(body: str) -> list[int]:
     """What 64 threads have in %rd9 at the end of ``body``."""
     text = program(f"{body}\nld.global.b8 %rs8, [%rd9];")
-    (piece, *_) = parse(text).pieces
-    run = MadeUpRun(parse(text))
-    *_, access, _ = [run.run(instruction) for instruction in piece.instructions]
+    (block, *_) = parse(text).blocks
+    run = RandomInterpreter(parse(text))
+    *_, access, _ = [run.run(instruction) for instruction in block.instructions]
     assert access is not None and access.may_run.all()
     return access.addresses.view(np.int64).tolist()
 

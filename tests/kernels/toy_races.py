@@ -58,7 +58,7 @@ def rounds_kernel(values, steps, TILE: tl.constexpr, BARRIER: tl.constexpr):
 
 @triton.jit(do_not_specialize=["steps"])
 def sometimes_kernel(values, spare, steps, TILE: tl.constexpr, BARRIER: tl.constexpr):
-    """Without BARRIER, a barrier lies on one of two ways from the store to the load."""
+    """Without BARRIER, a barrier lies on one of two paths from the store to the load."""
     at = tl.arange(0, TILE)
     tl.store(spare + at, tl.load(values + at))
     if BARRIER:

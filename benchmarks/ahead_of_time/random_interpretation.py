@@ -1,12 +1,12 @@
-"""A run of PTX by all threads of one program, with made-up arguments and memory.
+"""Random interpretation of PTX (Gulwani and Necula 2003): all threads of one program run it on random values.
 
 What an argument, a word of global memory or a floating-point operation gives is a random number, but always the same
-one for the same name, address or operands. Integers, exchanges between threads and shared memory are computed as a GPU
-does. So two addresses that are equal in this run are computed from the same values in the same way, and equal in every
-run; others differ, but for the luck of 64-bit numbers.
+one for the same name, address or operands. Operations on integers, exchanges between threads and shared memory are
+computed as a GPU computes them. So addresses that are equal in every run are equal in this one, as long as their values
+come from the same operations on the same words of memory, and other addresses differ, but for a chance of 2**-64.
 
-No branch is decided here: the caller says which instructions run, and all threads run them. A predicate may be *known*
-for a thread, which is so if it follows from the thread's number alone. Memory is read where a predicate is not known.
+The caller decides which path is taken, and all threads take it. A predicate is *known* in a thread if it follows from
+the number of the thread alone. Where it is not, a load is executed, and a store may be.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from ahead_of_time.ptx import Instruction, Program, PtxError
 from ahead_of_time.ptx_integers import compared, extended, integer_result, is_integer, low_bits, type_bits
 
-__all__ = ["Access", "MadeUpRun"]
+__all__ = ["Access", "RandomInterpreter"]
 
 _WARP = 32
 _SHARED_BYTES = 228 * 1024
@@ -45,7 +45,7 @@ class Access:
         instruction: that it is.
         addresses: uint64.
         may_run: bool, False where it is known that the thread does not run it.
-        runs: bool, whether the thread runs it with these made-up values.
+        runs: bool, whether the thread runs it with these random values.
         num_bytes: that a thread accesses.
     """
 
@@ -64,8 +64,8 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> _U64(31))
 
 
-class MadeUpRun:
-    """The threads of a program, at the point of a run that the instructions given to :meth:`run` have led to."""
+class RandomInterpreter:
+    """The threads of a program, after the instructions that :meth:`run` has been given so far."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -78,7 +78,7 @@ class MadeUpRun:
         self._shared = np.zeros(_SHARED_BYTES, np.uint8)
 
     def run(self, instruction: Instruction) -> Access | None:
-        """Runs an instruction. Returns its access to global memory, if it is one that may change or see anything."""
+        """Runs an instruction. Returns its access to global memory; None for a store of what is there already."""
         opcode, operands = instruction.opcode, instruction.operands
         operation = opcode[0]
         guard = self._guard(instruction)
@@ -121,7 +121,7 @@ class MadeUpRun:
             return _Value(np.zeros_like(self._threads), self._all)
         if name.startswith("%"):
             self._program.bits_of(name)
-            return _Value(self._random(name, []), self._none)  # not set on this way through the code: undefined
+            return _Value(self._random(name, []), self._none)  # undefined on this path
         if name not in self._constants:
             number = int(name[2:], 16) if name[:2] in ("0f", "0d") else int(name.rstrip("U"), 0)
             bits = np.full(self._program.threads, number & (2**64 - 1), dtype=_U64)
@@ -258,7 +258,7 @@ class MadeUpRun:
         elif operation == "st":
             stored = [low_bits(self._get(name).bits, 8 * num_bytes) for name in instruction.operands[1]]
             if all((new == old)[may_run].all() for new, old in zip(stored, in_memory)):
-                return None  # what is there already
+                return None
         runs = self._all if guard is None else guard.bits != 0
         return Access(instruction, address, may_run, runs, count * num_bytes)
 
