@@ -3,6 +3,9 @@
 Equal keys of a batch travel once. The distinct keys are sorted by (owner, table, mixed key), so what goes to one rank
 is one contiguous range. Where a score counts occurrences, they travel beside the keys, as integers.
 
+What arrives is deduplicated at once for a lookup that trains, also on a single rank, where nothing travels: a pipeline
+distributes a batch while it computes on the one before, which hides it.
+
 The host learns nothing of a batch but its sizes: on one rank from torchrec, which has them to cut the batch into
 features; on several ranks, where a collective takes them as numbers, by one copy from the device for each batch.
 """
@@ -21,10 +24,9 @@ from torchrec.distributed.types import Awaitable, NoWait
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dynamicemb.errors import DynamicEmbError, KeyTypeError, RemoteRankError
-from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.hashing import owners
 from dynamicemb.kernels.views import UniqueKeys
-from dynamicemb.shard.route import OwnedKeys, Route
+from dynamicemb.shard.route import GroupKeys, OwnedKeys, Route, keys_by_group
 from dynamicemb.table.storage import state_memory
 
 __all__ = ["DynamicInputDist"]
@@ -42,31 +44,40 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
 
     Args:
         pg: ranks that share the tables; None for a single process without one.
-        features_by_table: number of features of each table, in the order of the features.
+        features_by_group: number of features of each table of each group, in the order of the features.
         send_occurrences: whether any of the tables counts occurrences.
         device: of the ids.
         takes_gradients: tells whether any of the tables takes updates on this rank.
+        trains: tells whether lookups train. One that finds it otherwise by its own time is as right, but later.
     """
 
     @state_memory()
     def __init__(
         self,
         pg: Optional[dist.ProcessGroup],
-        features_by_table: list[int],
+        features_by_group: list[list[int]],
         send_occurrences: bool,
         device: torch.device,
         takes_gradients: Callable[[], bool] = lambda: True,
+        trains: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__()
         self._pg = pg
         self._world_size = 1 if pg is None else pg.size()
-        self._features_by_table = features_by_table
+        self._features_by_table = [features for group in features_by_group for features in group]
+        self._tables_by_group = [len(group) for group in features_by_group]
         self._send_occurrences = send_occurrences
-        self._takes_gradients = takes_gradients
-        # Made once: a tensor from numbers of the host is a copy to the device, and may wait for it.
-        table_of_feature = [table for table, features in enumerate(features_by_table) for _ in range(features)]
+        self._takes_gradients, self._trains = takes_gradients, trains
+        # Made once: a tensor from numbers of the host is a copy to the device, and may wait for it. On a single rank
+        # keys are not sorted across groups, and their tables are numbered in the groups from the start.
+        numbers = list(range(len(self._features_by_table)))
+        if self._world_size == 1:
+            numbers = [number for tables in self._tables_by_group for number in range(tables)]
+        table_of_feature = [
+            table for table, features in zip(numbers, self._features_by_table, strict=True) for _ in range(features)
+        ]
         self._table_of_feature = torch.tensor(table_of_feature, dtype=torch.int32, device=device)
-        self._runs = _Runs.create(self._world_size, len(features_by_table), device)
+        self._runs = _Runs.create(self._world_size, self._tables_by_group, device)
         self._error: Optional[DynamicEmbError] = None
 
     def reject(self, error: DynamicEmbError) -> None:
@@ -90,18 +101,24 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         if self._world_size == 1:
             if error is not None:
                 raise error
-            keys, tables = self._keys_and_tables(sparse_features)
-            owned = OwnedKeys(keys, tables, None, [self._lengths_by_table(sparse_features)])
-            return _WithRoute(Route(), NoWait(NoWait(owned)))
-        keys, tables = self._keys_and_tables(sparse_features)
-        unique = dedup(keys, tables, len(self._features_by_table), self._world_size)
-        assert self._pg is not None
-        return SizesAwaitable(self._pg, unique, self._runs, self._send_occurrences, error, self._takes_gradients())
+            return _WithRoute(Route(), NoWait(NoWait(OwnedKeys(self._owned(self._keys_of(sparse_features))))))
+        keys = self._keys_of(sparse_features).deduplicated(self._world_size)
+        assert self._pg is not None and keys.unique is not None
+        return SizesAwaitable(
+            self._pg, keys.unique, self._runs, self._send_occurrences, error, self._takes_gradients(), self._owned
+        )
 
-    def _keys_and_tables(self, features: KeyedJaggedTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keys_of(self, features: KeyedJaggedTensor) -> GroupKeys:
+        """This rank's ids of all groups."""
         keys = features.values().long().contiguous()
         lengths = features.lengths().view(len(self._table_of_feature), -1).sum(dim=1)
-        return keys, torch.repeat_interleave(self._table_of_feature, lengths, output_size=keys.numel())
+        tables = torch.repeat_interleave(self._table_of_feature, lengths, output_size=keys.numel())
+        return GroupKeys(keys, tables, None, [self._lengths_by_table(features)])
+
+    def _owned(self, keys: GroupKeys) -> list[GroupKeys]:
+        """Keys of all groups that have arrived, by group."""
+        groups = keys_by_group(keys, self._tables_by_group)
+        return [group.deduplicated(self._world_size) for group in groups] if self._trains() else groups
 
     def _lengths_by_table(self, features: KeyedJaggedTensor) -> list[int]:
         # Known to the host by now: torchrec has asked for the same numbers to cut the batch into shardings.
@@ -115,7 +132,7 @@ class _Runs:
 
     Attributes:
         world_size, num_tables: ``R`` runs are their product.
-        tables: int32 [R], table of each run.
+        tables: int32 [R], index of each run's table in its group.
         numbers: int64 [R + 1], the runs' own numbers and the one that would follow.
     """
 
@@ -125,8 +142,10 @@ class _Runs:
     numbers: torch.Tensor
 
     @staticmethod
-    def create(world_size: int, num_tables: int, device: torch.device) -> _Runs:
-        tables = torch.arange(num_tables, dtype=torch.int32, device=device).repeat(world_size)
+    def create(world_size: int, tables_by_group: list[int], device: torch.device) -> _Runs:
+        num_tables = sum(tables_by_group)
+        in_group = [number for tables in tables_by_group for number in range(tables)]
+        tables = torch.tensor(in_group * world_size, dtype=torch.int32, device=device)
         numbers = torch.arange(world_size * num_tables + 1, dtype=torch.int64, device=device)
         return _Runs(world_size, num_tables, tables, numbers)
 
@@ -163,10 +182,12 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         send_occurrences: bool,
         error: Optional[DynamicEmbError],
         takes_gradients: bool,
+        by_group: Callable[[GroupKeys], list[GroupKeys]],
     ) -> None:
         super().__init__()
         self.route = Route(unique=unique)
         self._pg, self._runs, self._send_occurrences, self._error = pg, runs, send_occurrences, error
+        self._by_group = by_group
         # What is sent and what is received, side by side so that they come to the host together.
         shape = (2, runs.world_size, runs.num_tables)
         self._sizes = torch.empty(shape, dtype=torch.int64, device=unique.keys.device)
@@ -192,8 +213,9 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         self.route.unique = self.route.unique.narrowed(sum(self.route.send_counts))
         lengths = self._sizes[1].view(-1)
         return KeysAwaitable(
-            self._pg, self.route, self._runs.tables, lengths, received, self._send_occurrences, takes_gradients
-        )
+            self._pg, self.route, self._runs.tables, lengths, received, self._send_occurrences, takes_gradients,
+            self._by_group,
+        )  # fmt: skip
 
     def _without_marks(self, sent: list[list[int]], received: list[list[int]]) -> bool:
         """Takes the marks of frozen ranks off all sizes. Returns whether any rank has a table that takes updates."""
@@ -219,11 +241,12 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
     Args:
         pg: the ranks.
         route: of the batch, complete.
-        tables: int32 [R], table of each run that arrives.
+        tables: int32 [R], index in its group of the table of each run that arrives.
         lengths: int64 [R], keys of each run that arrives.
-        runs: the same by sender and table, on the host.
+        lengths_by_table: the same by sender and table, on the host.
         send_occurrences: whether the keys' occurrences travel beside them.
         takes_gradients: see :class:`~dynamicemb.shard.route.OwnedKeys`.
+        by_group: makes of the keys that have arrived those of each group.
     """
 
     def __init__(
@@ -232,15 +255,16 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
         route: Route,
         tables: torch.Tensor,
         lengths: torch.Tensor,
-        runs: list[list[int]],
+        lengths_by_table: list[list[int]],
         send_occurrences: bool,
         takes_gradients: bool,
+        by_group: Callable[[GroupKeys], list[GroupKeys]],
     ) -> None:
         super().__init__()
         unique = route.unique
         assert unique is not None
-        self._tables, self._lengths, self._runs = tables, lengths, runs
-        self._takes_gradients = takes_gradients
+        self._tables, self._lengths, self._lengths_by_table = tables, lengths, lengths_by_table
+        self._takes_gradients, self._by_group = takes_gradients, by_group
         self._sent = unique.keys.unsqueeze(1)
         if send_occurrences:
             self._sent = torch.stack([unique.keys, unique.offsets.diff()], dim=1)
@@ -252,10 +276,10 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
     def _wait_impl(self) -> OwnedKeys:
         self._work.wait()
         columns = self._received.t().contiguous()
-        return OwnedKeys(
+        keys = GroupKeys(
             keys=columns[0],
             tables=torch.repeat_interleave(self._tables, self._lengths, output_size=columns.shape[1]),
             occurrences=columns[1] if columns.shape[0] > 1 else None,
-            runs=self._runs,
-            takes_gradients=self._takes_gradients,
+            lengths_by_table=self._lengths_by_table,
         )
+        return OwnedKeys(self._by_group(keys), self._takes_gradients)

@@ -20,7 +20,7 @@ from dynamicemb.options import DynamicEmbCheckMode
 from dynamicemb.shard.agreement import raise_on_all_ranks
 from dynamicemb.shard.optimizer import DynamicFusedOptimizer
 from dynamicemb.shard.parameter import TableParameter
-from dynamicemb.shard.route import OwnedKeys
+from dynamicemb.shard.route import GroupKeys, OwnedKeys
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.function import lookup, requires_grad, without_update
 from dynamicemb.table.group import TableGroup
@@ -37,8 +37,13 @@ def group_tables(configs: list[TableConfig]) -> list[list[TableConfig]]:
     return list(groups.values())
 
 
-def _joined(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # torch copies a single one, too
+def _by_sender(rows_by_group: list[torch.Tensor], groups: list[GroupKeys]) -> torch.Tensor:
+    """The rows in the order in which keys arrived: by sender, and by group from each sender."""
+    parts = [
+        rows.split([sum(lengths) for lengths in keys.lengths_by_table])
+        for rows, keys in zip(rows_by_group, groups, strict=True)
+    ]
+    return torch.cat([part for of_sender in zip(*parts, strict=True) for part in of_sender])
 
 
 def _gradient_place(device: torch.device) -> torch.Tensor:
@@ -98,10 +103,13 @@ class GroupModule(nn.Module, FusedOptimizerModule):
     def _weights(self) -> list[nn.Parameter]:
         return list(self._parameters_by_table.values())
 
-    def forward(self, keys: torch.Tensor, tables: torch.Tensor, occurrences: Optional[torch.Tensor]) -> torch.Tensor:
+    def forward(self, keys: GroupKeys) -> torch.Tensor:
         weights = self._weights
         anchor = next(itertools.compress(weights, requires_grad(weights)), weights[0])
-        return lookup(self.group, anchor, keys, tables, occurrences, self.training, weights)
+        return lookup(
+            self.group, anchor, keys.keys, keys.tables, keys.occurrences, self.training, weights,
+            keys.lengths_by_table, keys.unique,
+        )  # fmt: skip
 
 
 class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
@@ -156,10 +164,9 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
             CapacityError: keys were refused, on any rank, in a table whose safe_check_mode is ERROR.
         """
         before = self._refused() if self._checked and self.training else None
-        if len(self.group_modules) == 1:
-            rows = self.group_modules[0](sparse_features.keys, sparse_features.tables, sparse_features.occurrences)
-        else:
-            rows = self._lookup_by_group(sparse_features)
+        groups = sparse_features.groups
+        rows_by_group = [module(keys) for module, keys in zip(self.group_modules, groups, strict=True)]
+        rows = rows_by_group[0] if len(groups) == 1 else _by_sender(rows_by_group, groups)
         if before is not None:
             self._check_refused(self._refused() - before)
         return self._in_graph(rows, sparse_features).to(self._output_dtype)
@@ -167,6 +174,10 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
     def takes_gradients(self) -> bool:
         """Whether any table takes updates on this rank."""
         return any(module.takes_gradients for module in self.group_modules)
+
+    def trains(self) -> bool:
+        """Whether lookups insert ids now, and note what they touch."""
+        return self.training
 
     def _in_graph(self, rows: torch.Tensor, owned: OwnedKeys) -> torch.Tensor:
         """``rows``, part of a graph where they should be."""
@@ -177,26 +188,6 @@ class DynamicLookup(BaseEmbeddingLookup[OwnedKeys, torch.Tensor]):
             return rows
         # Where tables have been frozen or set free since the ranks agreed, this batch goes by what they agreed on.
         return without_update(rows) if wanted else rows.detach()
-
-    def _lookup_by_group(self, owned: OwnedKeys) -> torch.Tensor:
-        """Each sender's keys are in the order of the tables, so a group's keys are one range from each sender."""
-        first_tables, lengths = [0], []
-        for group in self.groups:
-            first_tables.append(first_tables[-1] + len(group.configs))
-        for run in owned.runs:
-            lengths += [sum(run[first:last]) for first, last in itertools.pairwise(first_tables)]
-        num_groups, num_senders = len(self.group_modules), len(owned.runs)
-        keys, tables = owned.keys.split(lengths), owned.tables.split(lengths)
-        occurrences = None if owned.occurrences is None else owned.occurrences.split(lengths)
-        rows: list[list[torch.Tensor]] = []
-        for index, module in enumerate(self.group_modules):
-            group_rows = module(
-                _joined(keys[index::num_groups]),
-                _joined(tables[index::num_groups]) - first_tables[index],
-                None if occurrences is None else _joined(occurrences[index::num_groups]),
-            )
-            rows.append(list(group_rows.split(lengths[index::num_groups])))
-        return torch.cat([rows[index][sender] for sender in range(num_senders) for index in range(num_groups)])
 
     # ------------------------------------------------------------------------------------------ refused keys
 

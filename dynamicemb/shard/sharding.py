@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any, Optional
 
@@ -103,11 +104,17 @@ class DynamicSequenceSharding(EmbeddingSharding[DynamicShardingContext, OwnedKey
         counts_occurrences = any(
             config.evict_strategy is DynamicEmbEvictStrategy.LFU for configs in self._groups for config in configs
         )
-        features_by_table = [len(info.embedding_config.feature_names) for info in self._infos]
-        assert self._lookup is not None, "torchrec makes the lookups first"
+        infos = iter(self._infos)
+        features_by_group = [
+            [len(info.embedding_config.feature_names) for info in itertools.islice(infos, len(configs))]
+            for configs in self._groups
+        ]
+        lookup = self._lookup
+        assert lookup is not None, "torchrec makes the lookups first"
         return DynamicInputDist(
-            self._pg, features_by_table, counts_occurrences, device or self._device, self._lookup.takes_gradients
-        )
+            self._pg, features_by_group, counts_occurrences, device or self._device, lookup.takes_gradients,
+            lookup.trains,
+        )  # fmt: skip
 
     def create_lookup(
         self,

@@ -39,8 +39,10 @@ class _Lookup(torch.autograd.Function):
         tables: torch.Tensor,
         counts: Optional[torch.Tensor],
         weights: Sequence[torch.Tensor],
+        lengths_by_table: Optional[Sequence[Sequence[int]]],
+        unique: Optional[UniqueKeys],
     ) -> torch.Tensor:
-        rows, found = group.train_lookup(keys, tables, counts)
+        rows, found = group.train_lookup(keys, tables, counts, lengths_by_table, unique)
         ctx.save_for_backward(found.slots, *found.unique.tensors())
         ctx.generation, ctx.number = found.generation, found.number
         ctx.group, ctx.weights, ctx.trained = group, weights, requires_grad(weights)
@@ -55,7 +57,7 @@ class _Lookup(torch.autograd.Function):
         # As for any leaf: what is frozen takes no gradient, whether that happened before the forward pass or after it.
         trained = [before and now for before, now in zip(ctx.trained, requires_grad(ctx.weights), strict=True)]
         ctx.group.apply_gradients(found, gradients, None if all(trained) else trained)
-        return None, None, None, None, None, None
+        return None, None, None, None, None, None, None, None
 
 
 def lookup(
@@ -66,6 +68,8 @@ def lookup(
     counts: Optional[torch.Tensor],
     training: bool,
     weights: Sequence[torch.Tensor] = (),
+    lengths_by_table: Optional[Sequence[Sequence[int]]] = None,
+    unique: Optional[UniqueKeys] = None,
 ) -> torch.Tensor:
     """Rows of a batch of keys.
 
@@ -79,6 +83,8 @@ def lookup(
         training: insert absent keys, touch scores and update on the way back; otherwise change nothing.
         weights: a leaf for each table of the group, whose ``requires_grad`` now and at the update decides whether the
             table takes it; none: all tables take it.
+        lengths_by_table: what the host knows of the order of the keys, see :func:`~dynamicemb.kernels.dedup.dedup`.
+        unique: the keys deduplicated, where that has been done before.
 
     Returns:
         float32 [N, dim]. They require a gradient if ``training`` and ``anchor`` do.
@@ -86,9 +92,11 @@ def lookup(
     with torch._C.DisableTorchFunctionSubclass():
         trains = training and anchor.requires_grad
     if trains:
-        return _Lookup.apply(anchor, group, keys, tables, counts, weights)
+        return _Lookup.apply(anchor, group, keys, tables, counts, weights, lengths_by_table, unique)
     with torch.no_grad():
-        return group.train_lookup(keys, tables, counts)[0] if training else group.eval_lookup(keys, tables)
+        if not training:
+            return group.eval_lookup(keys, tables)
+        return group.train_lookup(keys, tables, counts, lengths_by_table, unique)[0]
 
 
 class _WithoutUpdate(torch.autograd.Function):

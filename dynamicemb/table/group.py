@@ -149,7 +149,12 @@ class TableGroup:
     # ------------------------------------------------------------------------------------------------ lookups
 
     def train_lookup(
-        self, keys: torch.Tensor, tables: torch.Tensor, counts: Optional[torch.Tensor] = None
+        self,
+        keys: torch.Tensor,
+        tables: torch.Tensor,
+        counts: Optional[torch.Tensor] = None,
+        lengths_by_table: Optional[Sequence[Sequence[int]]] = None,
+        unique: Optional[UniqueKeys] = None,
     ) -> tuple[torch.Tensor, TrainingLookup]:
         """Finds the keys, inserts those that are absent, and reads their rows.
 
@@ -157,6 +162,9 @@ class TableGroup:
             keys: int64 [N], all owned by this rank, repetitions allowed.
             tables: int32 [N], table of each key.
             counts: int64 [N], occurrences that each entry stands for; None: one each.
+            lengths_by_table: what the host knows of the order of the keys, see
+                :func:`~dynamicemb.kernels.dedup.dedup`.
+            unique: the keys deduplicated, where that has been done before.
 
         Returns:
             The rows, float32 [N, dim] (zeros for refused keys), and what :meth:`apply_gradients` needs.
@@ -164,8 +172,12 @@ class TableGroup:
         Raises:
             OutOfMemoryError: a table must grow, and the device has no room for it. Nothing has changed.
         """
-        unique = dedup(keys, tables, len(self.configs), self.world_size)
-        self._grow_for(unique, [keys.numel()] * len(self.configs))
+        if unique is None:
+            unique = dedup(keys, tables, len(self.configs), self.world_size, lengths_by_table)
+        batch_sizes = [keys.numel()] * len(self.configs)
+        if lengths_by_table is not None:
+            batch_sizes = [sum(lengths) for lengths in zip(*lengths_by_table, strict=True)]
+        self._grow_for(unique, batch_sizes)
         scores = self._scores(unique, counts)
         status = torch.empty(unique.keys.shape, dtype=torch.int8, device=self.device)
         slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU, status)

@@ -45,7 +45,7 @@ def test_keys_of_each_run(world_size: int, tables: list[int], keys: int, unused_
     drawn, numbers = batch_of(keys, tables)
     unique = dedup(drawn, numbers, num_tables, world_size)
     counted = torch.full((world_size, num_tables), -1)
-    runs = _Runs.create(world_size, num_tables, CPU)
+    runs = _Runs.create(world_size, [num_tables], CPU)
     runs.count(with_unused_places(unique) if unused_places else unique, out=counted.view(-1))
     expected = Counter(
         (oracle.owner(key, world_size), table) for key, table in {*zip(drawn.tolist(), numbers.tolist())}

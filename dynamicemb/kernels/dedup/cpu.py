@@ -300,12 +300,14 @@ def dedup(
     if num_tables == 1:
         return _dedup(keys, np.array([[keys.numel()]]), world_size)
     # Numbered anew, since there may be more tables than keys.
-    tables, by_table = torch.sort(tables, stable=True)
-    present, lengths = torch.unique_consecutive(tables, return_counts=True)
-    unique = _dedup(keys[by_table], lengths.numpy()[None], world_size)
+    present, lengths = np.unique(tables.numpy(), return_counts=True)
+    by_table = torch.from_numpy(tables.numpy().argsort(kind="stable"))
+    unique = _dedup(keys[by_table], lengths[None], world_size)
     inverse = torch.empty_like(unique.inverse)
     inverse[by_table] = unique.inverse
-    return dataclasses.replace(unique, tables=present[unique.tables], inverse=inverse, order=by_table[unique.order])
+    return dataclasses.replace(
+        unique, tables=torch.from_numpy(present)[unique.tables], inverse=inverse, order=by_table[unique.order]
+    )
 
 
 def _dedup(keys: torch.Tensor, lengths: np.ndarray, world_size: int) -> UniqueKeys:
