@@ -23,7 +23,7 @@ _PURE = frozenset({
     "sqrt", "sub", "tanh", "xor",
 })  # fmt: skip
 _OTHERS = frozenset({
-    "atom", "bra", "exit", "fence", "ld", "membar", "red", "redux", "ret", "shfl", "st", "stmatrix", "trap",
+    "atom", "bra", "exit", "fence", "ld", "ldmatrix", "membar", "red", "redux", "ret", "shfl", "st", "stmatrix", "trap",
 })  # fmt: skip
 _ENDS = ("ret", "exit", "trap")
 

@@ -90,8 +90,8 @@ class RandomInterpreter:
             self._set(operands[0], [self._argument(operands[1][0], type_bits(opcode[-1]))], guard)
         elif operation in ("ld", "st"):
             self._access_shared(instruction, self._may_run(guard))
-        elif operation == "stmatrix":
-            self._store_matrices(instruction)
+        elif operation in ("ldmatrix", "stmatrix"):
+            self._access_matrices(instruction)
         elif operation == "shfl":
             self._shuffle(instruction)
         elif operation == "redux":
@@ -288,14 +288,23 @@ class RandomInterpreter:
         values = [_Value(bits, self._none) for bits in self._as_loaded(instruction, loaded)]
         self._set(instruction.operands[0], values, _Value(may_run.astype(_U64), self._all))
 
-    def _store_matrices(self, instruction: Instruction) -> None:
-        """``stmatrix``: thread ``8 * m + r`` has the address of row ``r`` of matrix ``m``, 16 bytes; four neighbours
-        have a row's values, four bytes each."""
+    def _access_matrices(self, instruction: Instruction) -> None:
+        """``stmatrix`` and ``ldmatrix``: thread ``8 * m + r`` of a warp has the address of row ``r`` of matrix ``m``,
+        which is 16 bytes; four neighbours have the row's values, four bytes each."""
         if "trans" in instruction.opcode or instruction.opcode[-1] != "b16":
             raise PtxError(instruction.text)
+        is_load = instruction.opcode[0] == "ldmatrix"
+        registers, place = instruction.operands if is_load else instruction.operands[::-1]
+        address = self._address(place).astype(np.int64) % _SHARED_BYTES
         lane = np.arange(len(self._threads)) % _WARP
-        address = self._address(instruction.operands[0]).astype(np.int64)
-        for number, source in enumerate(instruction.operands[1]):
+        loaded = []
+        for number, name in enumerate(registers):
             row = address[self._warps * _WARP + 8 * number + lane // 4]
-            values = self._get(source).bits.copy().view(np.uint8).reshape(-1, 8)[:, :4]
-            self._shared[(row + 4 * (lane % 4))[:, None] + np.arange(4)] = values
+            places = (row + 4 * (lane % 4))[:, None] + np.arange(4)
+            if is_load:
+                bits = self._shared[places].view(np.uint32)[:, 0].astype(_U64)
+                loaded.append(_Value(bits, self._none))
+            else:
+                self._shared[places] = self._get(name).bits.copy().view(np.uint8).reshape(-1, 8)[:, :4]
+        if is_load:
+            self._set(registers, loaded, None)

@@ -172,6 +172,30 @@ def test_threads_exchange_through_shared_memory() -> None:
     assert computed(body) == [(63 - thread) ** 2 for thread in THREADS]
 
 
+def test_threads_exchange_matrices_through_shared_memory() -> None:
+    """Four of 8 rows of 16 bytes: a register of thread ``4 * r + c`` is word ``c`` of row ``r`` of a matrix."""
+    write = (
+        "and.b32 %r2, %r1, 32; shl.b32 %r3, %r2, 4; bfe.u32 %r4, %r1, 0, 5; shl.b32 %r5, %r4, 4; add.s32 %r6, %r3, %r5;"
+    )
+    matrices = "{%r11, %r12, %r13, %r14}"
+    stored = computed(f"""
+        {write}
+        mul.lo.s32 %r11, %r1, 10; add.s32 %r12, %r11, 1; add.s32 %r13, %r11, 2; add.s32 %r14, %r11, 3;
+        stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r6], {matrices};
+        shl.b32 %r7, %r4, 2; add.s32 %r8, %r3, %r7; ld.shared.b32 %r9, [%r8+128]; cvt.u64.u32 %rd9, %r9;
+    """)
+    assert stored == [thread * 10 + 1 for thread in THREADS]
+    loaded = computed(f"""
+        {write}
+        st.shared.v4.b32 [%r6], {{%r1, 1, 2, 3}};
+        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {matrices}, [%r6];
+        cvt.u64.u32 %rd9, %r13;
+    """)
+    assert loaded == [
+        thread // 32 * 32 + 16 + thread % 32 // 4 if thread % 4 == 0 else thread % 4 for thread in THREADS
+    ]
+
+
 def test_unknown_values_are_the_same_where_their_operands_are() -> None:
     """Words of memory, and sums of two floats in either order."""
     pairs = "xor.b32 %r2, %r1, 1; cvt.u64.u32 %rd1, %r1; cvt.u64.u32 %rd2, %r2;"
