@@ -14,12 +14,8 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("in Triton's interpreter kernels are not compiled", allow_module_level=True)
 
-from ahead_of_time.device_run import device_run
-from ahead_of_time.launches import recorded_launches
-from gpu.random_reads import random_read_kernel
 
 from tests.benchmarks.conftest import BENCHMARKS
-from tests.kernels.aot import kernels
 from tests.kernels.test_aot import other_triton
 from tests.processes import python_path
 
@@ -82,14 +78,6 @@ from ahead_of_time.configurations import USUAL_LAYOUT, group_step
 def launches():
     group_step(USUAL_LAYOUT)
 """
-
-
-def test_a_first_run_on_a_gpu_launches_every_kernel() -> None:
-    """What is compiled ahead of it: of all that the package can launch, the part that benchmarks and tests do."""
-    with recorded_launches() as launches:
-        device_run()
-    assert {launch.kernel for launch in launches} == {*kernels(), random_read_kernel.__name__}
-    assert {1024, 128, 4} <= {launch.setting.get("DIM") for launch in launches}
 
 
 def run(folder: Path, script: str, cache: str, triton: Path | None = None) -> str:
