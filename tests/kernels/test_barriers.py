@@ -30,7 +30,7 @@ from tests.kernels.aot import (
 )
 
 #: Kernels of several warps in which memory orders what they do, and not only registers.
-NEED_BARRIERS = ("_settle_kernel", "_split_kernel", "_update_kernel")
+NEED_BARRIERS = ("_begin_update_kernel", "_settle_kernel", "_split_kernel", "_update_kernel")
 
 
 def warps(launch: Launch) -> int:
