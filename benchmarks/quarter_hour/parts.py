@@ -14,8 +14,8 @@ __all__ = ["SECONDS", "Place", "background", "stages"]
 
 #: Of each part, if nothing else is asked for. With starting and giving back a machine they are a quarter of an hour.
 SECONDS = {1: 300.0, 2: 240.0, 3: 240.0}
-#: What starting Python and writing takes of a stage.
-SPARE_SECONDS = 4.0
+#: What starting Python, importing the libraries and writing take of a stage that keeps to a time of its own.
+SPARE_SECONDS = 12.0
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -115,17 +115,8 @@ def _topics(name: str, place: Place, topics: tuple[str, ...]) -> Stage:
 
 
 def _profiled(place: Place) -> list[Stage]:
-    """Waves of the update's launches as the profiler counts them, where there is one."""
-    profiler = tool("ncu")
-    if profiler is None or place.dry:
-        return []
-    metrics = "launch__waves_per_multiprocessor,launch__registers_per_thread,gpu__time_duration.sum"
-    options = ["--metrics", metrics, "--clock-control", "none", "--csv", "-k", "regex:update_kernel", "-c", "2"]
-
-    def command(pending: tuple[str, ...], left: float) -> list[str]:
-        return [profiler, *options, *_module("residency", "adam", "--launches", "4")((), left)]
-
-    return [Stage("waves", command, seconds=60, silence_seconds=60)]
+    """With one round of programs and with four, where there is a profiler."""
+    return [] if tool("ncu") is None or place.dry else [Stage("waves", _module("waves"), ("1", "4"), seconds=90)]
 
 
 def _module(name: str, *arguments: str) -> Callable[[tuple[str, ...], float], list[str]]:

@@ -1,7 +1,7 @@
 """How many programs an update should start: as many as the GPU holds at once, or several rounds of them.
 
 The time of the fused update on one batch, with each number of rounds in turn. With ``--launches N`` it makes no
-findings, but N updates with the number of rounds that the package has, for a profiler to look at.
+findings, but N updates with ``--rounds`` of programs, for a profiler to look at.
 """
 
 from __future__ import annotations
@@ -72,14 +72,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("names", nargs="*", choices=[kind.name.lower() for kind in OPTIMIZERS])
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--launches", type=int, metavar="N")
+    parser.add_argument("--rounds", type=int, default=launch._ROUNDS)
     parser.add_argument("--findings", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     for name in options.names:
         kind, start = OptimizerKind[name.upper()], time.perf_counter()
         if options.launches is not None:
-            update = Update(kind, kernels.DRY if options.dry_run else kernels.FULL, torch.device("cuda"))
-            for index in range(options.launches):
-                update(index)
+            update = Update(kind, kernels.FULL, torch.device("cuda"))
+            with mock.patch.object(launch, "_ROUNDS", options.rounds):
+                for index in range(options.launches):
+                    update(index)
+            torch.cuda.synchronize()
             continue
         figures = _microseconds(kind, options.dry_run)
         record = {"name": name, "outcome": OK, "seconds": round(time.perf_counter() - start, 2), "figures": figures}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from quarter_hour.__main__ import environment
 from quarter_hour.journal import append_line, read_lines
+from quarter_hour.waves import figures_of
 
 from tests.benchmarks.conftest import BENCHMARKS
 from tests.processes import kill_tree, python_path
@@ -227,6 +228,24 @@ def test_tests_are_reported_as_they_end(tmp_path: Path) -> None:
     }
     assert "one is not two" in records["test_a.py::test_second"]["reason"]
     assert "not here" in records["test_a.py::test_third"]["reason"]
+
+
+PROFILED = """==PROF== Connected to process 7
+==PROF== Disconnected
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","_update_kernel","gpu__time_duration.sum","us","700.1"
+"0","7","_update_kernel","launch__waves_per_multiprocessor","","1.00"
+"1","7","_update_kernel","gpu__time_duration.sum","us","563.2"
+"1","7","_update_kernel","launch__registers_per_thread","register/thread","64"
+"1","7","_update_kernel","launch__waves_per_multiprocessor","","4.00"
+"""
+
+
+def test_the_profilers_table_is_read() -> None:
+    """The last launch: the first one loads."""
+    assert figures_of(PROFILED) == {"time": "563.2 us", "waves": "4.00", "registers": "64 register/thread"}
+    with pytest.raises(ValueError, match="has profiled nothing: ==ERROR== no counters"):
+        figures_of("==ERROR== no counters")
 
 
 EXPECTED = {
