@@ -69,7 +69,7 @@ def environment(work: Path) -> dict[str, str]:
 
 def run(given: Sequence[Stage], beside: Sequence[Stage], session: Session) -> None:
     """All stages, those ``beside`` at the same time as the others."""
-    threads = [threading.Thread(target=run_stage, args=(stage, session)) for stage in beside]
+    threads = [threading.Thread(target=run_stage, args=(stage, session), daemon=True) for stage in beside]
     for thread in threads:
         thread.start()
     for stage in given:
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run(stages(options.part, place), background(options.part, place), session)
     finally:
+        session.close()
         snapshots.finish()
         journal.add("part", FAILED if journal.outcomes[FAILED] else "ok", time.monotonic() - began, journal.outcomes)
     return 1 if journal.outcomes[FAILED] else 0

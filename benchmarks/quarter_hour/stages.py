@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -60,7 +61,7 @@ class Session:
         self.journal, self.results, self.root = journal, results, root
         self.environment, self.deadline = environment, deadline
         self._kernel_cache, self._known_kernels = kernel_cache, set[Path]()
-        self._lock, self._running = threading.Lock(), set[int]()
+        self._lock, self._running = threading.Lock(), dict[int, subprocess.Popen[bytes]]()
         self.newly_compiled()
 
     def left(self) -> float:
@@ -74,16 +75,22 @@ class Session:
             new, self._known_kernels = now - self._known_kernels, now
         return sorted(file.stem for file in new)
 
-    def running(self, pid: int) -> None:
-        """``pid`` is a process of this session, and not what one of them has left behind."""
+    def started(self, process: subprocess.Popen[bytes]) -> None:
+        """It belongs to this session, and is not what a process of it has left behind."""
         with self._lock:
-            self._running.add(pid)
+            self._running[process.pid] = process
 
-    def ended(self, pid: int) -> None:
-        """It is not any more; what it has left behind ends, too."""
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        """Ends it, and what it has left behind."""
+        end(process)
         with self._lock:
-            self._running.discard(pid)
+            self._running.pop(process.pid, None)
             end_orphans([*self._running])
+
+    def close(self) -> None:
+        """Ends what still runs."""
+        for process in [*self._running.values()]:
+            self.end(process)
 
 
 class _Attempt:
@@ -98,15 +105,14 @@ class _Attempt:
         self.began = self._heard = time.monotonic()
         self._limit = self.began + left
         self._process = start(command, self.log, session.root, environment)
-        session.running(self._process.pid)
+        session.started(self._process)
 
     def run(self) -> str:
         """Waits for the end. Returns why it ended before it was done, or an empty text."""
         try:
             reason = self._wait()
         finally:
-            end(self._process)
-            self._session.ended(self._process.pid)
+            self._session.end(self._process)
         self._hear()
         return reason
 

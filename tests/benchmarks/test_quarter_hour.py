@@ -163,6 +163,19 @@ def test_a_kill_leaves_whole_lines_and_a_whole_archive(tmp_path: Path) -> None:
         assert content is not None and len(content.read().splitlines()) > 3
 
 
+def test_an_interruption_ends_all_and_packs_once_more(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "benchmarks.quarter_hour", "1", "--dry-run", "--out", str(out)]
+    process = started(ROOT, [*command, "--work", str(tmp_path / "work")])
+    assert process.stdout is not None and "unpack: kernels" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert read_lines(out / "findings.jsonl")[0][-1]["name"] == "part"
+    with tarfile.open(out / "part-1.tar.gz") as tar:
+        assert "unpack.log" in tar.getnames()
+
+
 def test_half_a_line_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     append_line(file, {"name": "one"})
