@@ -246,6 +246,9 @@ def test_as_many_kernels_for_any_number_of_tables_and_features(world_size: int) 
     collectives = {"forward": 3, "backward": 1, "evaluation": 3}
     for phase, count in collectives.items():
         assert one[phase].count("all_to_all") == (count if world_size == 2 else 0), phase
+        # Rows that have travelled go to all places of their ids at once.
+        expanded = world_size == 2 and phase != "backward"
+        assert one[phase].count("triton._gather_rows_kernel") == expanded, phase
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
