@@ -22,6 +22,7 @@ chunks of all tables of a group, :data:`MAX_CHUNKS` for each table. −1 means "
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import Optional
 
@@ -109,20 +110,21 @@ class RowLayout:
         if not isinstance(self.optimizer, OptimizerKind):
             raise ConfigError(f"optimizer={self.optimizer!r} is not an OptimizerKind")
 
-    @property
+    # Computed once: kernels ask for them in every launch.
+    @functools.cached_property
     def states(self) -> tuple[OptimizerState, ...]:
         return optimizer_states(self.optimizer, self.dim)
 
-    @property
+    @functools.cached_property
     def state_width(self) -> int:
         """float32 values of optimizer state in a row."""
         return sum(state.width for state in self.states)
 
-    @property
+    @functools.cached_property
     def state_offset_bytes(self) -> int:
         return _aligned(self.dim * self.embedding_dtype.itemsize)
 
-    @property
+    @functools.cached_property
     def row_bytes(self) -> int:
         return self.state_offset_bytes + _aligned(self.state_width * 4)
 
