@@ -1,4 +1,4 @@
-"""A training step of a row-wise sharded ``EmbeddingCollection``, dynamic beside TorchRec's own, on gloo ranks.
+"""A training step of a row-wise sharded ``EmbeddingCollection``, dynamic beside TorchRec's own, on one or two ranks.
 
 Both collections live in the same processes and take turns: input distribution, lookup, output distribution, the way
 back, and the update.
@@ -31,9 +31,8 @@ from dynamicemb import DynamicEmbInitializerArgs, DynamicEmbTableOptions
 from dynamicemb.planner import DynamicEmbeddingShardingPlanner, DynamicEmbParameterConstraints
 from dynamicemb.shard import DynamicEmbeddingCollectionSharder, table_statistics
 
-__all__ = ["FULL", "QUICK", "Size", "measure"]
+__all__ = ["FULL", "QUICK", "Case", "Size", "measure"]
 
-WORLD_SIZE = 2
 EPS = 1e-8
 #: Both sides sum the gradients of an id in different orders, on two ranks; see the table's benchmark.
 CHECK_RTOL = 1e-4
@@ -45,29 +44,53 @@ POOLING = 8
 
 
 @dataclass(frozen=True)
+class Case:
+    """One collection.
+
+    Attributes:
+        ranks: joined by gloo; together they have ``THREADS`` threads.
+        tables: by which the rows and the ids are divided.
+        ids: of all ranks together in a step.
+    """
+
+    ranks: int
+    tables: int
+    ids: int
+
+    @property
+    def name(self) -> str:
+        tables = "one table" if self.tables == 1 else f"{self.tables} tables"
+        ranks = "one rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        return f"{ranks}, {tables} of {self.ids // self.tables:,} ids"
+
+
+@dataclass(frozen=True)
 class Size:
     """How much is measured.
 
     Attributes:
-        tables: by which the rows and the ids are divided.
+        cases: one after the other.
         rows: of all tables together.
         dim: columns.
-        ids: of all ranks together in a step.
         rounds, warm_up: rounds that count, and before them.
-        threads: of each rank.
     """
 
-    tables: tuple[int, ...]
+    cases: tuple[Case, ...]
     rows: int
     dim: int
-    ids: int
     rounds: int
     warm_up: int
-    threads: int = 1
 
 
-FULL = Size(tables=(1, 26), rows=1_000_000, dim=64, ids=65_536, rounds=30, warm_up=6)
-QUICK = Size(tables=(1,), rows=100_000, dim=64, ids=16_384, rounds=6, warm_up=2)
+THREADS = 2
+FULL = Size(
+    cases=(Case(2, 1, 65_536), Case(2, 26, 65_536), Case(1, 26, 26 * 256), Case(1, 26, 26 * 8192)),
+    rows=1_000_000,
+    dim=64,
+    rounds=30,
+    warm_up=6,
+)
+QUICK = Size(cases=(Case(2, 1, 16_384), Case(1, 26, 26 * 256)), rows=100_000, dim=64, rounds=6, warm_up=2)
 
 
 def _collection(size: Size, tables: int) -> EmbeddingCollection:
@@ -94,7 +117,7 @@ def _sharded(collection: EmbeddingCollection, planner: Any, sharder: Any) -> Dis
 
 def _static(size: Size, tables: int) -> DistributedModelParallel:
     constraints = {f"t{index}": ParameterConstraints(sharding_types=["row_wise"]) for index in range(tables)}
-    topology = Topology(world_size=WORLD_SIZE, compute_device="cpu")
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
     # torchrec's index deduplication has no kernel for the CPU.
     return _sharded(_collection(size, tables), planner, EmbeddingCollectionSharder(use_index_dedup=False))
@@ -103,14 +126,14 @@ def _static(size: Size, tables: int) -> DistributedModelParallel:
 def _dynamic(size: Size, tables: int) -> DistributedModelParallel:
     initializer = DynamicEmbInitializerArgs(lower=-INITIAL_BOUND, upper=INITIAL_BOUND)
     options = DynamicEmbTableOptions(
-        max_capacity=roomy_capacity(size.rows // tables // WORLD_SIZE),
+        max_capacity=roomy_capacity(size.rows // tables // dist.get_world_size()),
         initializer_args=initializer,
     )
     constraints = {
         f"t{index}": DynamicEmbParameterConstraints(use_dynamicemb=True, dynamicemb_options=options)
         for index in range(tables)
     }
-    topology = Topology(world_size=WORLD_SIZE, compute_device="cpu")
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
     planner = DynamicEmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
     return _sharded(_collection(size, tables), planner, DynamicEmbeddingCollectionSharder())
 
@@ -127,11 +150,11 @@ def _values(model: nn.Module, features: KeyedJaggedTensor) -> list[torch.Tensor]
     return [jagged.values() for jagged in model(features).wait().values()]
 
 
-def _insert_every_id(model: nn.Module, size: Size, tables: int) -> None:
-    rows = size.rows // tables // POOLING * POOLING
-    rows_at_once = max(size.ids // tables // POOLING, 1) * POOLING
+def _insert_every_id(model: nn.Module, size: Size, case: Case) -> None:
+    rows = size.rows // case.tables // POOLING * POOLING
+    rows_at_once = max(case.ids // case.tables // POOLING, 1) * POOLING
     for ids in torch.arange(rows).split(rows_at_once):
-        _values(model, _features([ids] * tables))
+        _values(model, _features([ids] * case.tables))
 
 
 def _copy_rows(dynamic: nn.Module, static: nn.Module, size: Size, tables: int) -> None:
@@ -186,15 +209,16 @@ def _step(model: nn.Module, batches: list[KeyedJaggedTensor], gradients: list[to
     return step
 
 
-def _measure_on_rank(size: Size, tables: int) -> tuple[dict[str, list[Laps]], float]:
+def _measure_on_rank(size: Size, case: Case) -> tuple[dict[str, list[Laps]], float]:
     """Laps of both collections, and the distinct ids of a rank's batch."""
+    tables = case.tables
     law = PowerLaw(size.rows // tables // POOLING * POOLING, seed=dist.get_rank())
-    ids_of_table = size.ids // WORLD_SIZE // tables // POOLING * POOLING
+    ids_of_table = case.ids // case.ranks // tables // POOLING * POOLING
     draws = [[law.draw(ids_of_table) for _ in range(tables)] for _ in range(BATCHES)]
     batches = [_features(ids_by_table) for ids_by_table in draws]
     gradients = [torch.randn(ids_of_table, size.dim) for _ in range(tables)]
     dynamic, static = _dynamic(size, tables), _static(size, tables)
-    _insert_every_id(dynamic, size, tables)
+    _insert_every_id(dynamic, size, case)
     _copy_rows(dynamic, static, size, tables)
     _check(dynamic, static, batches, gradients)
     contenders = {
@@ -205,12 +229,12 @@ def _measure_on_rank(size: Size, tables: int) -> tuple[dict[str, list[Laps]], fl
     return laps, sum(mean_unique(column) for column in zip(*draws, strict=True))
 
 
-def _figures(size: Size, tables: int, laps: dict[str, list[Laps]], unique: float) -> list[Figure]:
-    name = "one table" if tables == 1 else f"{tables} tables"
-    static = TORCHREC_MILLISECONDS * size.ids * size.dim / (FULL.ids * FULL.dim)
-    share = unique * WORLD_SIZE / size.ids
-    # The sender sorts its ids, the owner the distinct ones of both senders.
-    sorts = sort_milliseconds((1 + share) * size.ids / WORLD_SIZE)
+def _figures(size: Size, case: Case, laps: dict[str, list[Laps]], unique: float) -> list[Figure]:
+    name = case.name
+    static = TORCHREC_MILLISECONDS * case.ids * size.dim / (FULL.cases[0].ids * FULL.dim)
+    share = unique * case.ranks / case.ids
+    # A sender sorts its ids, an owner the distinct ones of all senders; a single rank is both at once.
+    sorts = sort_milliseconds((1 + share * (case.ranks > 1)) * case.ids / case.ranks)
     dynamic = static * share + sorts
     phases = [
         Figure(f"{name}: {label}, {phase}", "ms", milliseconds(laps[side], phase))
@@ -220,7 +244,7 @@ def _figures(size: Size, tables: int, laps: dict[str, list[Laps]], unique: float
     return [
         *phases,
         Figure(f"{name}: dynamic, step", "ms", milliseconds(laps["dynamic"]), dynamic,
-               f"TorchRec's step with {share:.0%} of the ids, the distinct ones, and two sorts, {REASON}"),
+               f"TorchRec's step with {share:.0%} of the ids, the distinct ones, and sorts, {REASON}"),
         Figure(f"{name}: TorchRec, step", "ms", milliseconds(laps["static"]), static, f"one table, {REASON}"),
         Figure(f"{name}: dynamic / TorchRec", "×", ratio(laps["dynamic"], laps["static"]), dynamic / static,
                "quotient of the two expectations", Target(1.0, at_least=False)),
@@ -228,27 +252,26 @@ def _figures(size: Size, tables: int, laps: dict[str, list[Laps]], unique: float
 
 
 def measure(size: Size) -> Findings:
-    """Measures a collection of one table, and one of many.
+    """Measures collections of one table and of many, on one rank and on several.
 
     Raises:
         CheckError: the two collections do not give the same rows.
     """
     figures: list[Figure] = []
     series: dict[str, list[float]] = {}
-    for tables in size.tables:
-        laps, unique = on_ranks(WORLD_SIZE, size.threads, _measure_on_rank, size, tables)
-        figures += _figures(size, tables, laps, unique)
+    for case in size.cases:
+        laps, unique = on_ranks(case.ranks, THREADS // case.ranks, _measure_on_rank, size, case)
+        figures += _figures(size, case, laps, unique)
         for side, side_laps in laps.items():
             for phase in ("forward", "backward"):
-                series[f"{tables} table(s), {side}, {phase}, ms"] = [1e3 * lap[phase] for lap in side_laps]
+                series[f"{case.name}, {side}, {phase}, ms"] = [1e3 * lap[phase] for lap in side_laps]
     return Findings(
         name="collection_step",
         title="A training step of a row-wise sharded EmbeddingCollection, beside TorchRec's own",
         setup=(
-            f"{WORLD_SIZE} gloo ranks with {size.threads} thread each, dim {size.dim}, row-wise Adagrad, {size.ids:,} "
-            f"ids a step over both ranks from a power law over {size.rows:,} ids, all of them in the tables; both "
-            f"collections in the same processes in turn, {size.rounds} rounds after {size.warm_up}, time of the slower "
-            "rank."
+            f"{THREADS} threads, divided among gloo ranks, dim {size.dim}, row-wise Adagrad, ids of a step from power "
+            f"laws over {size.rows:,} ids, all of them in the tables; both collections in the same processes in turn, "
+            f"{size.rounds} rounds after {size.warm_up}, time of the slowest rank."
         ),
         check=(
             f"Rows of the first step equal bit for bit, of the {CHECK_STEPS - 1} after it within {CHECK_RTOL:g}; "
