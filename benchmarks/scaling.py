@@ -2,24 +2,33 @@
 
 A step that does nothing special must cost what its neighbours cost. The same run is repeated on the same ids, and what
 counts for each step is its fastest repetition: a delay from outside does not hit the same step every time.
+
+What explains the curve is measured beside it: the phases of a filling step, its page faults, the part of the table that
+is in huge pages, and what single accesses cost with pages of either size.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from figures import CheckError, Figure, Findings, Spread, Target
 from host import BUCKET_BYTES, MemoryCosts
+from pages import CHAINS, PageCosts, faults, huge_share
 from timing import uncollected
 from workload import LEARNING_RATE, DynamicTable, PowerLaw, mean_unique, roomy_capacity
 
 from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.find import find
 from dynamicemb.kernels.layout import METADATA_BYTES_PER_SLOT, OptimizerKind
+from dynamicemb.table import group as table_group
 from dynamicemb.table.optimizers import OptimizerConfig
 
 __all__ = ["FULL", "QUICK", "Size", "measure", "trend"]
@@ -30,8 +39,12 @@ TREND_STEPS = 4
 #: A step this far above the trend is a step that needs an explanation.
 MAX_OVER_TREND = 1.5
 #: Largest exponent e of cost ~ rows**e that passes for linear: it lets rows that no longer fit into a cache, over
-#: three decades, cost twice as much each.
-MAX_EXPONENT = 1.1
+#: three decades, cost 1.4 times as much each.
+MAX_EXPONENT = 1.05
+#: Largest time to fill the largest table, over what memory says.
+MAX_FILL_OVER_EXPECTED = 3.0
+#: The phases of a filling step, by the name of their kernel.
+PHASES = {"dedup": "sort", "find": "find", "insert": "insert", "fill": "first values", "gather": "gather"}
 #: The logger through which tables announce that they grow.
 GROWTH_LOGGER = "dynamicemb.table.group"
 
@@ -104,17 +117,82 @@ def _seconds_by_step(table: DynamicTable, ids: torch.Tensor, size: Size) -> tupl
     return np.array(seconds), np.array(slots)
 
 
-def _fill(rows: int, ids: torch.Tensor, size: Size) -> tuple[DynamicTable, np.ndarray]:
-    """A table filled with ``ids``, and the fastest time of each step."""
-    fastest = np.full(len(ids.split(size.ids)), np.inf)
+@dataclass(frozen=True)
+class Filling:
+    """What it took to fill a table.
+
+    Attributes:
+        fastest: seconds of each step, of its fastest repetition.
+        phases: seconds in each phase, of the fastest run.
+        faults: page faults, of the run with the fewest.
+        huge_share: of the rows' memory that is in use, the part in huge pages.
+    """
+
+    fastest: np.ndarray
+    phases: dict[str, float]
+    faults: int
+    huge_share: float
+
+
+@contextmanager
+def _timed_phases() -> Iterator[dict[str, float]]:
+    """The seconds that lookups spend in each phase."""
+    seconds = dict.fromkeys(PHASES.values(), 0.0)
+
+    def timed(kernel: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            result = kernel(*arguments, **named)
+            seconds[phase] += time.perf_counter() - start
+            return result
+
+        return call
+
+    with ExitStack() as patches:
+        for name, phase in PHASES.items():
+            kernel = timed(getattr(table_group, name), phase)
+            patches.enter_context(mock.patch.object(table_group, name, kernel))
+        yield seconds
+
+
+def _fill(rows: int, ids: torch.Tensor, size: Size) -> tuple[DynamicTable, Filling]:
+    """A table filled with ``ids``, and what that took."""
+    runs, runs_phases, runs_faults = [], [], []
     for _ in range(size.repetitions):
         table = DynamicTable(size.dim, roomy_capacity(rows), OPTIMIZER)
-        seconds, _ = _seconds_by_step(table, ids, size)
-        fastest = np.minimum(fastest, seconds)
+        before = faults()
+        with _timed_phases() as phases:
+            seconds, _ = _seconds_by_step(table, ids, size)
+        runs.append(seconds)
+        runs_phases.append(phases)
+        runs_faults.append(faults() - before)
     counters = table.group.counters()[0]
     if counters.size != rows or counters.evicted:
         raise CheckError(f"{counters.size} of {rows} rows are in the table, {counters.evicted} were evicted")
-    return table, fastest
+    return table, Filling(
+        fastest=np.min(runs, axis=0),
+        phases=runs_phases[int(np.argmin(np.sum(runs, axis=1)))],
+        faults=min(runs_faults),
+        huge_share=huge_share(table.group.storage.chunks[0][0].rows),
+    )
+
+
+def _filling_figures(rows: int, size: Size, filling: Filling, expected: float) -> list[Figure]:
+    """``expected``: nanoseconds for each row."""
+    name = f"{rows:,} rows: filling"
+    figures = [
+        Figure(name, "ns/row", Spread.of(1e9 * filling.fastest / np.minimum(size.ids, rows)), expected,
+               "one sort, one bucket, one row to the table and one to the batch"),
+    ]  # fmt: skip
+    figures += [
+        Figure(f"{name}, {phase}", "ns/row", Spread.exact(1e9 * seconds / rows))
+        for phase, seconds in filling.phases.items()
+    ]
+    figures += [
+        Figure(f"{name}, page faults", "per 1000 rows", Spread.exact(1e3 * filling.faults / rows)),
+        Figure(f"{name}, rows in huge pages", "%", Spread.exact(1e2 * filling.huge_share)),
+    ]
+    return figures
 
 
 def _train_spread(table: DynamicTable, batches: list[torch.Tensor], size: Size) -> Spread:
@@ -142,19 +220,26 @@ def _find_spread(table: DynamicTable, batches: list[torch.Tensor]) -> Spread:
     return Spread.of(nanoseconds[1:])
 
 
+def _expected_fill(size: Size, row_bytes: int, state_bytes: int, costs: MemoryCosts) -> float:
+    """Nanoseconds for each row; rows that are new are written twice, to the table and to the batch."""
+    moved = BUCKET_BYTES + 2 * row_bytes + state_bytes
+    return 1e9 / costs.sorted_ids_per_s + 1e9 * moved / costs.random_bytes_per_s
+
+
 def _figures_of_rows(rows: int, size: Size, costs: MemoryCosts) -> tuple[list[Figure], np.ndarray]:
     """Figures of one table, and the fastest time of each step that filled it."""
     law = PowerLaw(rows)
-    table, fill = _fill(rows, law.every_id(), size)
+    table, filling = _fill(rows, law.every_id(), size)
     layout = table.group.storage.layout
     row_bytes, state_bytes = size.dim * 4, layout.row_bytes - size.dim * 4
-    sort = 1e9 / costs.sorted_ids_per_s
-    # Rows that are new are written twice, to the table and to the batch.
-    expected_fill = sort + 1e9 * (BUCKET_BYTES + 2 * row_bytes + state_bytes) / costs.random_bytes_per_s
-    figures = [
-        Figure(f"{rows:,} rows: filling", "ns/row", Spread.of(1e9 * fill / np.minimum(size.ids, rows)), expected_fill,
-               "one sort, one bucket, one row to the table and one to the batch"),
-    ]  # fmt: skip
+    expected_fill = _expected_fill(size, row_bytes, state_bytes, costs)
+    figures = _filling_figures(rows, size, filling, expected_fill)
+    if rows == max(size.rows):
+        figures.append(
+            Figure(f"{rows:,} rows: filling / what memory says", "×",
+                   Spread.exact(1e9 * filling.fastest.sum() / rows / expected_fill), 1.0, "nothing but memory",
+                   Target(MAX_FILL_OVER_EXPECTED, at_least=False))
+        )  # fmt: skip
     for name, draw in (("uniform", law.draw_uniformly), ("power law", law.draw)):
         batches = [draw(size.ids) for _ in range(size.rounds)]
         unique = mean_unique(batches)
@@ -169,7 +254,20 @@ def _figures_of_rows(rows: int, size: Size, costs: MemoryCosts) -> tuple[list[Fi
         Figure(f"{rows:,} rows: finding", "ns/distinct id", _find_spread(table, batches),
                1e9 * BUCKET_BYTES / costs.random_bytes_per_s, "a bucket's digests and one key")
     )  # fmt: skip
-    return figures, fill
+    return figures, filling.fastest
+
+
+def _page_figures() -> list[Figure]:
+    """What accesses cost on one thread, with small pages and with huge ones."""
+    figures = []
+    for huge, name in ((False, "pages of 4 KiB"), (True, "pages of 2 MiB")):
+        costs = PageCosts.measured(huge)
+        figures += [
+            Figure(f"{name}: first access to 4 KiB", "ns", Spread.exact(costs.first_access)),
+            Figure(f"{name}: random read after another", "ns", Spread.exact(costs.dependent_read)),
+            Figure(f"{name}: random read, {CHAINS} under way", "ns", Spread.exact(costs.read)),
+        ]
+    return figures
 
 
 def _worst_over_trend(seconds: np.ndarray, ordinary: np.ndarray) -> float:
@@ -244,7 +342,7 @@ def measure(size: Size) -> Findings:
     torch.set_num_threads(size.threads)
     costs = MemoryCosts.measured()
     DynamicTable(size.dim, 1024, OPTIMIZER).train(torch.arange(512)).sum().backward()  # compiles the kernels
-    figures: list[Figure] = []
+    figures = _page_figures()
     series: dict[str, list[float]] = {}
     totals, worst = [], 1.0
     for rows in size.rows:
@@ -268,7 +366,8 @@ def measure(size: Size) -> Findings:
         setup=(
             f"{size.threads} threads, dim {size.dim}, row-wise Adagrad, {size.ids:,} ids a step; {size.rounds} "
             f"training steps each; fill and growth run {size.repetitions} times, of each step the fastest time counts; "
-            f"the trend at a step is the median of the {TREND_STEPS} steps on each side of it."
+            f"the trend at a step is the median of the {TREND_STEPS} steps on each side of it. Phases are those of the "
+            "fastest run."
         ),
         check=(
             "Every row that was put in is found, none was evicted; each growth was announced, and the table that grew "

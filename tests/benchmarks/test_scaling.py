@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pages
 import pytest
 import scaling
 from figures import CheckError
@@ -8,13 +9,25 @@ from figures import CheckError
 TINY = scaling.Size((500, 2_000), dim=8, ids=400, rounds=2, repetitions=2, growth_rows=2_000, growth_doublings=2)
 
 
+@pytest.fixture(autouse=True)
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages.PageCosts.measured, "__defaults__", (8 * pages.HUGE_PAGE_BYTES,))
+
+
 @pytest.mark.slow
 def test_finds_what_grows_and_what_it_costs() -> None:
     findings = scaling.measure(TINY)
     names = [figure.name for figure in findings.figures]
     assert sum(name.startswith("growth to ") for name in names) == 2
-    assert sum(name.startswith("2,000 rows: ") for name in names) == 4
+    phases = [
+        figure
+        for figure in findings.figures
+        if figure.name.startswith("500 rows: filling, ") and figure.unit == "ns/row"
+    ]
+    assert [figure.name.rpartition(", ")[2] for figure in phases] == [*scaling.PHASES.values()]
+    assert all(figure.measured.median > 0 for figure in phases)
     assert [figure.name for figure in findings.figures if figure.target] == [
+        "2,000 rows: filling / what memory says",
         "filling: exponent e of time ~ rows**e",
         "filling: worst step / trend",
         "growing: worst step without growth / trend",
