@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,10 +75,12 @@ class Session:
             new, self._known_kernels = now - self._known_kernels, now
         return sorted(file.stem for file in new)
 
-    def started(self, process: subprocess.Popen[bytes]) -> None:
-        """It belongs to this session, and is not what a process of it has left behind."""
+    def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """A process of this session; one that is not known is taken for what another has left behind."""
         with self._lock:
+            process = start(command, log, self.root, {**self.environment, **environment})
             self._running[process.pid] = process
+        return process
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Ends it, and what it has left behind."""
@@ -100,12 +102,10 @@ class _Attempt:
         self.log = session.results / f"{stage.name}.log"
         file = session.results / f"{stage.name}.{number}.jsonl"
         command = [*stage.command(tuple(pending), left), "--findings", str(file)]
-        environment = {**session.environment, **stage.environment}
         self._stage, self._session, self._pending, self._file, self._read = stage, session, pending, file, 0
         self.began = self._heard = time.monotonic()
         self._limit = self.began + left
-        self._process = start(command, self.log, session.root, environment)
-        session.started(self._process)
+        self._process = session.start(command, self.log, stage.environment)
 
     def run(self) -> str:
         """Waits for the end. Returns why it ended before it was done, or an empty text."""
@@ -173,17 +173,14 @@ def _attempts(stage: Stage, session: Session, began: float) -> tuple[str, str]:
             return (outcome, reason) if number else (SKIPPED, "no time is left for it")
         attempt = _Attempt(stage, session, pending, left, number)
         ended, number = attempt.run(), number + 1
-        if pending:
-            reason = ended or "it ended without this finding"
-            out_of_time = attempt.out_of_time
-            session.journal.add(
-                f"{stage.name}: {pending.pop(0)}", SKIPPED if out_of_time else FAILED, attempt.since_heard(),
-                reason=f"{reason}\n{tail(attempt.log)}",
-            )  # fmt: skip
-            outcome = SKIPPED if out_of_time else FAILED
-            if pending:
-                continue
+        unfinished = SKIPPED if attempt.out_of_time else FAILED
+        if not pending:
+            if ended and not stage.findings:
+                return unfinished, f"{ended}\n{tail(attempt.log)}"
+            return (outcome, reason) if outcome != OK else (OK, ended)
+        outcome, reason = unfinished, ended or "it ended without this finding"
+        session.journal.add(
+            f"{stage.name}: {pending.pop(0)}", outcome, attempt.since_heard(), reason=f"{reason}\n{tail(attempt.log)}"
+        )
+        if not pending:
             return outcome, reason
-        if ended and not stage.findings:
-            return FAILED, f"{ended}\n{tail(attempt.log)}"
-        return (outcome, reason) if outcome != OK else (OK, ended)
