@@ -314,14 +314,15 @@ def _dedup(keys: torch.Tensor, lengths: np.ndarray, world_size: int) -> UniqueKe
     n = keys.numel()
     runs, run_order, sorted_keys, marked = _sorted_runs(keys.numpy(), lengths, world_size)
     entries = _place_runs(runs, run_order)
-    unique_keys, unique_tables = torch.empty(entries, dtype=torch.int64), torch.empty(entries, dtype=torch.int32)
-    inverse, order = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
-    offsets = torch.empty(entries + 1, dtype=torch.int64)
+    # Made by NumPy, which takes a fifth of the time that torch does.
+    unique_keys, unique_tables = np.empty(entries, np.int64), np.empty(entries, np.int32)
+    inverse, order, offsets = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(entries + 1, np.int64)
     parallel_for(
-        _write, n, runs, sorted_keys, marked, unique_keys.numpy(), unique_tables.numpy(), inverse.numpy(),
-        order.numpy(), offsets.numpy(), min_items=_MIN_WORDS_PER_THREAD,
+        _write, n, runs, sorted_keys, marked, unique_keys, unique_tables, inverse, order, offsets,
+        min_items=_MIN_WORDS_PER_THREAD,
     )  # fmt: skip
-    return UniqueKeys(unique_keys, unique_tables, inverse, order, offsets, torch.tensor([entries]))
+    count = np.array([entries], np.int64)
+    return UniqueKeys(*map(torch.from_numpy, (unique_keys, unique_tables, inverse, order, offsets, count)))
 
 
 def _sorted_runs(
