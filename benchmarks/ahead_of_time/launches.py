@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from dynamicemb.kernels.launch import POINTER_ALIGNMENT, intercepted
+from dynamicemb.kernels.launch import POINTER_ALIGNMENT, LaunchOptions, intercepted
 from dynamicemb.kernels.launch import Launch as Call
 
 __all__ = ["Launch", "recorded_launches"]
@@ -36,7 +36,7 @@ class Launch:
         signature: type of each parameter by name, in Triton's words.
         constants: value of each ``tl.constexpr`` parameter by name.
         aligned: numbers of the parameters that are multiples of :data:`~dynamicemb.kernels.launch.POINTER_ALIGNMENT`.
-        options: of the compiler, by name.
+        options: of the launch, by name; the compiler gets :meth:`options_on` an architecture.
     """
 
     module: str
@@ -81,6 +81,10 @@ class Launch:
     def attributes(self) -> dict[tuple[int], list[list[Any]]]:
         """What is known about arguments, as Triton's compiler takes it."""
         return {(number,): [["tt.divisibility", POINTER_ALIGNMENT]] for number in self.aligned}
+
+    def options_on(self, compute_capability: int) -> dict[str, Any]:
+        """As Triton's compiler takes them for an architecture."""
+        return LaunchOptions(**dict(self.options)).for_triton(compute_capability)
 
     @property
     def setting(self) -> dict[str, Any]:

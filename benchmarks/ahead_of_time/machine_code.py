@@ -49,7 +49,7 @@ def compiled(launch: Launch, compute_capability: int) -> Any:
     """The compiled kernel; its ``asm`` has ``ptx`` and ``cubin``. Kept in Triton's cache on disk."""
     source = ASTSource(launch.function, dict(launch.signature), dict(launch.constants), launch.attributes)
     target = GPUTarget("cuda", compute_capability, 32)
-    return triton.compile(source, target=target, options=dict(launch.options))
+    return triton.compile(source, target=target, options=launch.options_on(compute_capability))
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -28,6 +28,9 @@ _ROUNDS = 4
 #: In Triton's interpreter, where there are no places: few, so that each program has several tiles in a test too.
 _INTERPRETED_PROGRAMS = 3
 
+#: Of tensors that are on no GPU: in Triton's interpreter, and where something stands in for the driver.
+_COMPUTE_CAPABILITY_WITHOUT_GPU = 90
+
 
 class LaunchOptions(NamedTuple):
     """How a kernel is compiled.
@@ -36,11 +39,25 @@ class LaunchOptions(NamedTuple):
         num_warps: of a program.
         maxnreg: registers that a thread may take; None: what the compiler thinks best.
         enable_fp_fusion: whether a product and a sum may become one operation, with one rounding instead of two.
+        maxnreg_ampere: in place of ``maxnreg`` before compute capability 9.0; None: no other.
     """
 
     num_warps: int = 4
     maxnreg: Optional[int] = None
     enable_fp_fusion: bool = True
+    maxnreg_ampere: Optional[int] = None
+
+    def registers(self, compute_capability: int) -> Optional[int]:
+        """That a thread may take on an architecture, 90 for 9.0."""
+        return self.maxnreg if self.maxnreg_ampere is None or compute_capability >= 90 else self.maxnreg_ampere
+
+    def for_triton(self, compute_capability: int) -> dict[str, Any]:
+        """What Triton's compiler is told for an architecture."""
+        return {
+            "num_warps": self.num_warps,
+            "maxnreg": self.registers(compute_capability),
+            "enable_fp_fusion": self.enable_fp_fusion,
+        }
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,9 @@ class Launch:
         if isinstance(self.kernel, JITFunction):
             _run(self.kernel, self.programs, self.arguments, self.constants, self.options)
         else:  # Triton's interpreter
-            self.kernel[(self.programs,)](*self.arguments, **self.constants, **self.options._asdict())
+            self.kernel[(self.programs,)](
+                *self.arguments, **self.constants, **self.options.for_triton(_COMPUTE_CAPABILITY_WITHOUT_GPU)
+            )
 
 
 _handler: Optional[Callable[[Launch], None]] = None
@@ -90,6 +109,14 @@ def _sms(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
+@functools.cache
+def _compute_capability(device_index: int) -> int:
+    if device_index < 0:
+        return _COMPUTE_CAPABILITY_WITHOUT_GPU
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
+
+
 def grid_stride_programs(tiles: int, like: torch.Tensor, options: LaunchOptions) -> int:
     """Programs that share ``tiles`` tiles, of which only the device knows how many have anything in them.
 
@@ -106,11 +133,12 @@ def grid_stride_programs(tiles: int, like: torch.Tensor, options: LaunchOptions)
     Places follow from ``options``, whose limit of registers is taken for what a thread needs. Shared memory is not
     counted: the kernels that are launched like this have 4 KiB at most, and it is never what limits them.
     """
-    assert options.maxnreg is not None, "only a limit of registers says how many programs fit"
-    if (device_index := like.get_device()) < 0:
+    registers = options.registers(_compute_capability(device_index := like.get_device()))
+    assert registers is not None, "only a limit of registers says how many programs fit"
+    if device_index < 0:
         return min(tiles, _INTERPRETED_PROGRAMS)
-    places = _sms(device_index) * resident_programs(options.num_warps, options.maxnreg)
-    assert places > 0, f"no program of {options.num_warps} warps with {options.maxnreg} registers fits"
+    places = _sms(device_index) * resident_programs(options.num_warps, registers)
+    assert places > 0, f"no program of {options.num_warps} warps with {registers} registers fits"
     return min(tiles, _ROUNDS * places)
 
 
@@ -162,6 +190,7 @@ def _run(
     with _NOWHERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index):
         if (compiled := _compiled.get(key)) is None:
             assert [*constants] == kernel.arg_names[len(arguments) :], f"{kernel.fn.__name__}: constants out of order"
-            _compiled[key] = kernel[(programs,)](*arguments, **constants, **options._asdict())
+            keywords = options.for_triton(_compute_capability(index))
+            _compiled[key] = kernel[(programs,)](*arguments, **constants, **keywords)
         else:
             compiled[(programs, 1, 1)](*values, *constants.values())

@@ -121,12 +121,26 @@ class OnGpu:
 
 def test_four_rounds_of_what_is_resident_or_one_program_for_each_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_sms", lambda device_index: 132)  # of an H100
+    monkeypatch.setattr(module, "_compute_capability", lambda device_index: 90)
     options = LaunchOptions(1, maxnreg=96)  # 20 programs on an SM
     programs = [grid_stride_programs(tiles, OnGpu(), options) for tiles in (0, 1, 2640, 10_559, 10_560, 10_561, 10**9)]
     assert programs == [0, 1, 2640, 10_559, 10_560, 10_560, 10_560]
     asked = [(1, 64), (1, 104), (1, 136), (4, 168), (8, 96)]
     programs = [grid_stride_programs(10**9, OnGpu(), LaunchOptions(*each)) for each in asked]
     assert programs == [528 * resident for resident in (32, 16, 12, 3, 2)]
+
+
+@pytest.mark.parametrize(
+    ("compute_capability", "registers", "resident"), [(80, 168, 12), (90, 128, 16), (100, 128, 16)]
+)
+def test_registers_of_an_architecture(
+    monkeypatch: pytest.MonkeyPatch, compute_capability: int, registers: int, resident: int
+) -> None:
+    monkeypatch.setattr(module, "_sms", lambda device_index: 132)
+    monkeypatch.setattr(module, "_compute_capability", lambda device_index: compute_capability)
+    options = LaunchOptions(1, maxnreg=128, maxnreg_ampere=168)
+    assert grid_stride_programs(10**9, OnGpu(), options) == 528 * resident
+    assert options.for_triton(compute_capability) == {"num_warps": 1, "maxnreg": registers, "enable_fp_fusion": True}
 
 
 def test_a_few_programs_in_the_interpreter() -> None:
@@ -139,5 +153,6 @@ def test_numbers_of_programs_that_nothing_is_known_about_are_our_own_bug(
     monkeypatch: pytest.MonkeyPatch, options: LaunchOptions
 ) -> None:
     monkeypatch.setattr(module, "_sms", lambda device_index: 132)
+    monkeypatch.setattr(module, "_compute_capability", lambda device_index: 90)
     with pytest.raises(AssertionError, match="program"):
         grid_stride_programs(100, OnGpu(), options)

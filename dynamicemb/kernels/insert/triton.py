@@ -50,9 +50,9 @@ _NOT_MISSING, _EVICTS = tl.constexpr(-2), tl.constexpr(512)
 # Entries that a program looks at: those of a tile, and as many after it as a bucket has slots.
 _LOOK = 256
 _SLOTS_OF_ROWS = 1024  # 16 stripes
-# 64 of the registers hold scores. sm_90 and sm_100 need 128 or fewer, for 16 warps on an SM; with as many, sm_80 would
-# keep two values in memory.
-_OPTIONS = LaunchOptions(num_warps=1, maxnreg=136)
+# 64 of the registers hold scores. 128 are enough for 16 warps on an SM; with as many, an A100 would keep up to four
+# values in memory, so it has 12 warps.
+_OPTIONS = LaunchOptions(num_warps=1, maxnreg=128, maxnreg_ampere=168)
 
 
 @triton.jit
