@@ -16,9 +16,11 @@ from triton.compiler import ASTSource
 
 from ahead_of_time.launches import Launch
 
-__all__ = ["MachineCode", "access_widths", "compiled", "machine_code", "resources"]
+__all__ = ["MachineCode", "access_widths", "compiled", "machine_code", "resources", "spilled_bytes"]
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# LDL, STL: loads and stores of memory that each thread has for itself.
+_LOCAL_ACCESS = re.compile(r"\b(LDL|STL)\b")
 # ld.global.v4.b32, ld.global.L1::evict_last.b64, ld.relaxed.gpu.global.u32: qualifiers, then how many, then of what.
 _ACCESS = re.compile(r"\b(ld|st)((?:\.[\w:]+)*)\.[a-z]+(\d+)[ \t]")
 # cp.async.cg.shared.global [to], [from], bytes: a load that goes past the registers.
@@ -31,7 +33,7 @@ class MachineCode:
 
     Attributes:
         registers: of a thread.
-        spilled_bytes: memory of a thread that stands in for registers (or for arrays that found none); should be 0.
+        spilled_bytes: memory of a thread that stands in for registers; should be 0.
         shared_bytes: of a program.
         warps: of a program.
         loads, stores: instructions in the code by the bytes that a thread moves with one of them, widest first.
@@ -54,12 +56,26 @@ def compiled(launch: Launch, compute_capability: int) -> Any:
 
 def resources(cubin: bytes) -> dict[str, int]:
     """What the machine code says about itself (REG, STACK, LOCAL, ...), read by the tool in Triton's wheel."""
+    report = _report_on(cubin, "cuobjdump", "--dump-resource-usage")
+    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", report)}
+
+
+def spilled_bytes(cubin: bytes, used: dict[str, int]) -> int:
+    """Memory of a thread that stands in for registers, or for arrays that found none.
+
+    Not counted is memory that no instruction touches: Triton 3.8 reserves a byte for bits that it packs, and then packs
+    them in a register.
+    """
+    reserved = used["STACK"] + used["LOCAL"]
+    return reserved if reserved and _LOCAL_ACCESS.search(_report_on(cubin, "nvdisasm", "--print-code")) else 0
+
+
+def _report_on(cubin: bytes, tool: str, *arguments: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(_CUOBJDUMP), "--dump-resource-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", report)}
+        command = [str(_TOOLS / tool), *arguments, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def access_widths(ptx: str) -> tuple[Counter[int], Counter[int]]:
@@ -81,7 +97,7 @@ def machine_code(launch: Launch, compute_capability: int) -> MachineCode:
     loads, stores = access_widths(kernel.asm["ptx"])
     return MachineCode(
         registers=used["REG"],
-        spilled_bytes=used["STACK"] + used["LOCAL"],
+        spilled_bytes=spilled_bytes(kernel.asm["cubin"], used),
         shared_bytes=kernel.metadata.shared,
         warps=kernel.metadata.num_warps,
         loads=tuple(sorted(loads.items(), reverse=True)),

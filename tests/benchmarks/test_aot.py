@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import triton
 from ahead_of_time.architectures import ARCHITECTURES
 from ahead_of_time.grouping import grouped, telling_names
 from ahead_of_time.launches import Launch, recorded_launches
-from ahead_of_time.machine_code import access_widths, machine_code
+from ahead_of_time.machine_code import access_widths, machine_code, resources, spilled_bytes
 
 from tests.kernels import toy_kernels, toy_races
 
@@ -70,6 +71,37 @@ def test_spills_are_seen(toys: dict[str, Launch], compute_capability: int) -> No
     code = machine_code(toys["spilling_kernel"], compute_capability)
     assert code.registers <= 24 and code.spilled_bytes > 0
     assert code.warps == 1
+
+
+LOCAL_MEMORY = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry kernel(.param .u64 out, .param .u32 index)
+{
+	.local .align 4 .b8 memory[64];
+	.reg .b32 %r<3>;
+	.reg .b64 %rd<4>;
+	ld.param.u64 %rd1, [out];
+	ld.param.u32 %r1, [index];
+	ACCESS
+	st.global.u32 [%rd1], %r1;
+	ret;
+}
+"""
+INDEXED = """mov.u64 %rd2, memory; mul.wide.u32 %rd3, %r1, 4; add.u64 %rd2, %rd2, %rd3;
+	st.local.u32 [%rd2], %r1; ld.local.u32 %r1, [memory + 8];"""
+
+
+@pytest.mark.parametrize(("access", "spilled"), [("", False), (INDEXED, True)])
+def test_memory_that_nothing_touches_is_no_spill(access: str, spilled: bool, tmp_path: Path) -> None:
+    ptx, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
+    ptx.write_text(LOCAL_MEMORY.replace("ACCESS", access))
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    subprocess.run([ptxas, "--gpu-name=sm_80", ptx, "-o", cubin], check=True)
+    used = resources(cubin.read_bytes())
+    assert used["STACK"] + used["LOCAL"] > 0
+    assert (spilled_bytes(cubin.read_bytes(), used) > 0) == spilled
 
 
 # (compute capability, registers, shared bytes, warps of a program), as cuda_occupancy.h of CUDA 12.8 computes it.
