@@ -26,17 +26,16 @@ _BFLOAT16 = tl.constexpr(2)
 #: How kernels are told the dtype of a row. bfloat16 travels as bits: the interpreter's own conversion does not round.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-_SUM_ROWS_REGISTERS = 96
 
-
-def sum_rows_registers(dim: int, converts: bool = False) -> int:
+def sum_rows_registers(dim: int) -> int:
     """Launch option of kernels that call :func:`sum_rows`.
 
-    Left to itself, ptxas aims at 40 registers and so at full occupancy, and issues one or two loads at a time; 96
-    registers hold 16 of them, as the SASS shows, in 20 warps. Rows that end inside a tile need masks, and rows that are
-    written in another dtype (``converts``) need temporaries; each would send two values to memory without 8 more.
+    Left to itself, ptxas aims at 40 registers and so at full occupancy, and issues one or two loads at a time. 64
+    registers hold 8 of them, as the SASS shows, and leave room for 32 warps: as many as fit if each is a program. Where
+    a warp has several rows, each thread has positions of its own, and masks where rows end. That takes up to 16 more,
+    and leaves 24 warps.
     """
-    return _SUM_ROWS_REGISTERS + 8 * (column_tile(dim) != dim) + 8 * converts
+    return 64 if row_tile(dim, warps=1) == 1 else 80
 
 
 @triton.jit
@@ -125,22 +124,24 @@ def sum_rows(
             positions += (tl.where(first + step < blocks, begins // BLOCK + first + step, 0),)  # type: ignore[assignment]
         total = add_some_rows(total, block_sums, positions, first, blocks, columns, DIM, _FLOAT32)
         first += 8
-    return add_rows(total, values, order, begins + blocks * BLOCK, ends, columns, DIM, DTYPE)
+    return add_rows(total, values, order, begins + blocks * BLOCK, ends, columns, DIM, DTYPE, 8)
 
 
 @triton.jit
-def add_rows(total, values, order, begins, ends, columns, DIM: tl.constexpr, DTYPE: tl.constexpr):
+def add_rows(
+    total, values, order, begins, ends, columns, DIM: tl.constexpr, DTYPE: tl.constexpr, LOADS: tl.constexpr
+):  # fmt: skip
     """``total`` [R, C] plus, one after the other, the rows ``values[order[begins:ends]]`` of ``DIM`` columns.
 
-    The order of additions is part of the contract. What overlaps are the loads: 16 rows are under way in the long loop
-    and 4 in the short one, which is all that most keys run.
+    The order of additions is part of the contract. What overlaps are the loads: ``LOADS`` rows are under way in the
+    long loop and 4 in the short one, which is all that most keys run.
     """
     longest = tl.max(ends - begins, axis=0)
     first = tl.zeros_like(longest)
-    while first + 16 <= longest:
-        positions = positions_of(order, begins + first, ends, 16)
+    while first + LOADS <= longest:
+        positions = positions_of(order, begins + first, ends, LOADS)
         total = add_some_rows(total, values, positions, begins + first, ends, columns, DIM, DTYPE)
-        first += 16
+        first += LOADS
     while first < longest:
         positions = positions_of(order, begins + first, ends, 4)
         total = add_some_rows(total, values, positions, begins + first, ends, columns, DIM, DTYPE)

@@ -34,7 +34,9 @@ CEILINGS = {
     "_settle_kernel": Ceiling(16, "works only where prefixes of different keys are equal"),
     "_number_kernel": Ceiling(20, "a scan holds all 16 values of a thread until their sum is known"),
     "_find_kernel": Ceiling(36, "programs are one warp, and no more than 32 of them fit"),
-    "_insert_kernel": Ceiling(12, "a warp holds 1,024 slots of buckets, 64 registers of them scores; 16 but for sm_80"),
+    "_insert_kernel": Ceiling(
+        12, "a warp holds 1,024 slots of buckets, 64 registers of them scores; 16 except on sm_80"
+    ),
     "_fill_kernel": Ceiling(32, "programs are one warp, and no more than 32 of them fit"),
     "_fill_kernel, quantile": Ceiling(12, "divisions in float64 are subroutines with registers of their own"),
     "_tally_kernel": Ceiling(40, "eight keys for each thread, and four sums"),
@@ -42,12 +44,12 @@ CEILINGS = {
     "_note_touches_kernel": Ceiling(64, "copies one number to where slots are"),
     "_gather_kernel": Ceiling(40, "64 bytes of rows under way in each thread, and their addresses"),
     "_gather_rows_kernel": Ceiling(64, "as for _gather_kernel, with one address for each row"),
-    "_block_sums_kernel": Ceiling(20, "as for _sum_rows_kernel"),
+    "_block_sums_kernel": Ceiling(20, "as it asks for: 16 rows under way in each thread"),
     "_begin_update_kernel": Ceiling(20, "as for _block_sums_kernel, which it does besides counting"),
-    "_update_kernel": Ceiling(16, "as for _sum_rows_kernel"),
+    "_update_kernel": Ceiling(24, "as it asks for where a warp has several rows; 32 where a row fills one"),
     "_fill_missing_kernel": Ceiling(32, "as for _fill_kernel"),
     "_fill_missing_kernel, quantile": Ceiling(12, "as for _fill_kernel"),
     "_split_kernel": Ceiling(48, "copies"),
     "_segment_difference_kernel": Ceiling(64, "one pass over memory"),
-    "_sum_rows_kernel": Ceiling(20, "as it asks for: 16 rows under way in each thread"),
+    "_sum_rows_kernel": Ceiling(32, "8 rows under way in each thread of a program of one warp; 32 of these fit"),
 }

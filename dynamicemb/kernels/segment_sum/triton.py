@@ -26,6 +26,10 @@ from dynamicemb.kernels.views import UniqueKeys
 _TILE = 512
 # One warp for a key, so that none waits for another one's duplicates.
 _WARPS = 1
+# A block is 128 rows in a row, and a launch has few: the more of them are under way, the better. 16 fit into 96
+# registers, of which an SM has enough for 20 warps.
+_BLOCK_LOADS = tl.constexpr(16)
+SUM_BLOCK_REGISTERS = 96
 
 
 @triton.jit
@@ -46,7 +50,7 @@ def sum_block(
         columns = tl.arange(0, COLUMNS)
         begins = begin + tl.zeros([1], tl.int64)
         total = tl.zeros([1, COLUMNS], tl.float32)
-        total = add_rows(total, values, order, begins, begins + BLOCK, columns, DIM, DTYPE)
+        total = add_rows(total, values, order, begins, begins + BLOCK, columns, DIM, DTYPE, _BLOCK_LOADS)
         tl.store(out + (window * DIM + columns)[None, :], total, mask=(columns < DIM)[None, :])
 
 
@@ -104,7 +108,7 @@ def _block_sums(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     launch(
         _block_sums_kernel, max(1, blocks), float_view(values), unique.order, unique.inverse, unique.offsets, out,
         blocks, DIM=dim, COLUMNS=column_tile(dim), DTYPE=DTYPE_CODES[values.dtype], BLOCK=BLOCK_ROWS,
-        options=LaunchOptions(row_warps(dim, warps=_WARPS), sum_rows_registers(dim)),
+        options=LaunchOptions(row_warps(dim, warps=_WARPS), SUM_BLOCK_REGISTERS),
     )  # fmt: skip
     return out
 
@@ -116,10 +120,8 @@ def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
     dim = values.shape[1]
     out = torch.empty(entries, dim, dtype=torch.float32, device=values.device)
     if entries and dim:
-        rows, options = (
-            row_tile(dim, warps=_WARPS),
-            LaunchOptions(row_warps(dim, warps=_WARPS), sum_rows_registers(dim)),
-        )
+        rows = row_tile(dim, warps=_WARPS)
+        options = LaunchOptions(row_warps(dim, warps=_WARPS), sum_rows_registers(dim))
         launch(
             _sum_rows_kernel, grid_stride_programs(triton.cdiv(entries, rows), values, options), float_view(values),
             unique.order, unique.offsets, unique.count, _block_sums(values, unique), out, DIM=dim,

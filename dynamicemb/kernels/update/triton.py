@@ -28,14 +28,16 @@ from dynamicemb.kernels.rows_triton import (
     write_row,
 )
 from dynamicemb.kernels.segment_sum import BLOCK_ROWS
-from dynamicemb.kernels.segment_sum.triton import empty_block_sums, sum_block
+from dynamicemb.kernels.segment_sum.triton import SUM_BLOCK_REGISTERS, empty_block_sums, sum_block
 from dynamicemb.kernels.steps.triton import advance_steps
+from dynamicemb.kernels.triton_support import table_of
 from dynamicemb.kernels.update import HyperparameterColumn, WeightDecayMode
 from dynamicemb.kernels.views import GroupView, UniqueKeys
 
 _SGD = tl.constexpr(int(OptimizerKind.SGD))
 _ADAGRAD = tl.constexpr(int(OptimizerKind.ADAGRAD))
 _ROWWISE_ADAGRAD = tl.constexpr(int(OptimizerKind.ROWWISE_ADAGRAD))
+_ADAM = tl.constexpr(int(OptimizerKind.ADAM))
 _L2 = tl.constexpr(int(WeightDecayMode.L2))
 _DECOUPLE = tl.constexpr(int(WeightDecayMode.DECOUPLE))
 _HYPERPARAMETERS = tl.constexpr(len(HyperparameterColumn))
@@ -72,7 +74,7 @@ def _begin_update_kernel(
 
 @triton.jit(do_not_specialize=["chunks"])
 def _update_kernel(
-    addresses, count, tables, slots, order, offsets, gradients, block_sums, hyperparameters, corrections, chunks,
+    addresses, count, slots, order, offsets, gradients, block_sums, hyperparameters, corrections, chunks,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, ROW_BYTES: tl.constexpr, STATE_OFFSET: tl.constexpr,
     OPTIMIZER: tl.constexpr, DECAY_MODE: tl.constexpr, DTYPE: tl.constexpr, GRADIENT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -81,17 +83,32 @@ def _update_kernel(
     columns = tl.arange(0, COLUMNS)
     first = tl.program_id(0).to(tl.int64) * ROWS
     while first < entries:
+        # Memory is waited for three times: for offsets and slots, for positions, and for gradients; the rows and their
+        # states are under way with the positions. Barriers keep loads before them from being moved down to where their
+        # values are needed, which ptxas does when registers are few. They wait for no load. A program of one warp pays
+        # a few cycles; a wide row's warps read its one state before the barrier, and one of them writes it after.
         entry = first + tl.arange(0, ROWS)
-        slot = tl.load(slots + entry, mask=entry < entries, other=-1)
+        inside = entry < entries
+        begins = tl.load(offsets + entry, mask=inside, other=0)
+        ends = tl.load(offsets + entry + 1, mask=inside, other=0)
+        tl.debug_barrier()
+        slot = tl.load(slots + entry, mask=inside, other=-1)
         active = slot >= 0
-        table = tl.load(tables + entry, mask=active, other=0)
-        begins = tl.load(offsets + entry, mask=active, other=0)
-        ends = tl.load(offsets + entry + 1, mask=active, other=0)
+        ends = tl.where(active, ends, begins)
+        table = table_of(slot)
         mask = active[:, None] & (columns < DIM)[None, :]
-        # The row is on its way while gradients are added up.
         rows = row_pointers(addresses, chunks, slot, active, ROW_BYTES, DTYPE)[:, None] + columns[None, :]
-        weights = read_row(rows, mask, DTYPE)
         state = state_pointers(addresses, chunks, slot, active, ROW_BYTES, STATE_OFFSET)
+        states = state[:, None] + columns[None, :]
+        weights = read_row(rows, mask, DTYPE)
+        if OPTIMIZER == _ADAGRAD:
+            total = tl.load(states, mask=mask, other=0.0)
+        elif OPTIMIZER == _ROWWISE_ADAGRAD:
+            total = tl.load(state, mask=active, other=0.0)
+        elif OPTIMIZER == _ADAM:
+            mean = tl.load(states, mask=mask, other=0.0)
+            square = tl.load(states + DIM, mask=mask, other=0.0)
+        tl.debug_barrier()
         gradient = sum_rows(gradients, order, block_sums, begins, ends, columns, DIM, GRADIENT_DTYPE, BLOCK)
 
         rate = _hyperparameter(hyperparameters, table, active, _LEARNING_RATE).to(tl.float32)
@@ -105,30 +122,24 @@ def _update_kernel(
         if OPTIMIZER == _SGD:
             weights -= rate * gradient
         elif OPTIMIZER == _ADAGRAD:
-            sums = state[:, None] + columns[None, :]
-            total = tl.load(sums, mask=mask, other=0.0) + gradient * gradient
-            tl.store(sums, total, mask=mask)
+            total += gradient * gradient
+            tl.store(states, total, mask=mask)
             weights -= tl.div_rn(rate * gradient, tl.sqrt_rn(total) + eps)
         elif OPTIMIZER == _ROWWISE_ADAGRAD:
-            # Before the sum: all warps of a wide row read the state, and one of them writes it. The sum makes them wait
-            # for each other.
-            before = tl.load(state, mask=active, other=0.0)
             squares = tl.sum(gradient * gradient, axis=1)
-            total = before + tl.div_rn(squares, tl.full([ROWS], DIM, tl.float32))
+            total += tl.div_rn(squares, tl.full([ROWS], DIM, tl.float32))
             tl.store(state, total, mask=active)
             weights -= tl.div_rn(rate, tl.sqrt_rn(total)[:, None] + eps) * gradient
         else:
-            means = state[:, None] + columns[None, :]
-            squares = means + DIM
             beta1 = _hyperparameter(hyperparameters, table, active, _BETA1)
             beta2 = _hyperparameter(hyperparameters, table, active, _BETA2)
             correction1 = tl.load(corrections + table * 2, mask=active, other=1.0)[:, None]
             correction2 = tl.load(corrections + table * 2 + 1, mask=active, other=1.0)[:, None]
             new1, new2 = (1.0 - beta1).to(tl.float32), (1.0 - beta2).to(tl.float32)
-            mean = beta1.to(tl.float32) * tl.load(means, mask=mask, other=0.0) + new1 * gradient
-            square = beta2.to(tl.float32) * tl.load(squares, mask=mask, other=0.0) + new2 * gradient * gradient
-            tl.store(means, mean, mask=mask)
-            tl.store(squares, square, mask=mask)
+            mean = beta1.to(tl.float32) * mean + new1 * gradient
+            square = beta2.to(tl.float32) * square + new2 * gradient * gradient
+            tl.store(states, mean, mask=mask)
+            tl.store(states + DIM, square, mask=mask)
             step = tl.div_rn(tl.div_rn(mean, correction1 + tl.zeros_like(mean)),
                              tl.sqrt_rn(tl.div_rn(square, correction2 + tl.zeros_like(square))) + eps)  # fmt: skip
             weights -= rate * step
@@ -146,7 +157,7 @@ def begin_update(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts the step. Returns the sums of whole blocks and, for Adam, the bias corrections, float32 [T, 2]."""
     dim, num_tables, block_sums = gradients.shape[1], steps.numel(), empty_block_sums(gradients)
-    options = LaunchOptions(row_warps(dim, warps=_WARPS), sum_rows_registers(dim), enable_fp_fusion=False)
+    options = LaunchOptions(row_warps(dim, warps=_WARPS), SUM_BLOCK_REGISTERS, enable_fp_fusion=False)
     corrections = torch.empty(num_tables if adam else 0, 2, dtype=torch.float32, device=steps.device)
     chosen = (steps if takes_step is None else takes_step).view(torch.uint8)
     launch(
@@ -175,11 +186,11 @@ def update(
     if entries == 0:
         return
     rows = row_tile(layout.dim, warps=_WARPS)
-    registers = sum_rows_registers(layout.dim, converts=layout.embedding_dtype is not torch.float32)
+    registers = sum_rows_registers(layout.dim)
     options = LaunchOptions(row_warps(layout.dim, warps=_WARPS), registers, enable_fp_fusion=False)
     launch(
         _update_kernel, grid_stride_programs(triton.cdiv(entries, rows), slots, options), view.addresses, unique.count,
-        unique.tables, slots, unique.order, unique.offsets, float_view(gradients), block_sums,
+        slots, unique.order, unique.offsets, float_view(gradients), block_sums,
         hyperparameters, corrections, view.addresses.shape[1], DIM=layout.dim, COLUMNS=column_tile(layout.dim),
         ROWS=rows, ROW_BYTES=layout.row_bytes, STATE_OFFSET=layout.state_offset_bytes, OPTIMIZER=int(layout.optimizer),
         DECAY_MODE=int(weight_decay_mode), DTYPE=DTYPE_CODES[layout.embedding_dtype],
