@@ -9,6 +9,7 @@
 #   SAVE         where `demo` saves its run; empty: nowhere
 #   WORKERS      processes that `test` runs tests in; one for each processor, 4 at most, or 1 with a GPU, which they would
 #                share
+#   TRITON       releases of Triton for `aot`, which are put beside the environment's own: make aot TRITON="3.6.0 3.9.0"
 #   SEED         seed of `explore`; another each time
 #   BUNDLE_SCRIPT  makes the libraries of `gpu-bundle` instead: a Python program that is called with --out ARCHIVE
 #   ARGS         further arguments for `demo`, `test`, `test-gpu`, `explore`, `matrix`, `bench`, `bench-gpu`, `aot` and
@@ -22,6 +23,7 @@ NPROC ?= $(if $(filter cuda,$(STACK)),$(shell nvidia-smi -L | head -n 2 | wc -l)
 DATA ?=
 SAVE ?= .venv/demo/run
 ARGS ?=
+TRITON ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -66,10 +68,11 @@ ifneq ($(SAVE),)
 	$(TRAIN) --load $(SAVE) $(ARGS)
 endif
 
-# The tests compile every kernel with the oldest Triton that is supported, too. It lies beside the environment's own.
-$(OLDEST_TRITON): | setup
+# Other releases of Triton lie beside the environment's own. The tests compile every kernel with the oldest one that is
+# supported, too.
+$(VENV)/triton-%: | setup
 	rm -rf $@.partial
-	$(PIP_INSTALL) --no-deps --target $@.partial triton==$(OLDEST_TRITON:$(VENV)/triton-%=%)
+	$(PIP_INSTALL) --no-deps --target $@.partial triton==$*
 	mv $@.partial $@
 
 test: setup $(if $(filter Linux,$(shell uname -s)),$(OLDEST_TRITON)) ## run the tests (ARGS="-m 'not slow'" for the fast ones, ARGS="-k name" for some)
@@ -104,8 +107,15 @@ bench: setup ## measure speed and memory (ARGS="--help" for the choices)
 bench-gpu: setup ## measure the GPU engine beside fbgemm's CUDA tables, in 8 minutes at most
 	$(BIN)/python benchmarks/run_gpu.py $(ARGS)
 
-aot: setup ## compile every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU
+aot: setup $(TRITON:%=$(VENV)/triton-%) ## compile every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU (TRITON=3.9.0 for that release)
+ifeq ($(TRITON),)
 	$(BIN)/python benchmarks/aot.py $(ARGS)
+else
+	for version in $(TRITON); do \
+		PYTHONPATH="$(CURDIR)/$(VENV)/triton-$$version$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python benchmarks/aot.py $(ARGS) \
+			|| exit 1; \
+	done
+endif
 
 # Compiled by the version of Triton on the machine that it is for.
 gpu-bundle: setup $(OLDEST_TRITON) ## make .gpu, what a GPU machine without a network needs; again after a change to a kernel
