@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,20 @@ def test_metadata_takes_17_bytes_a_slot() -> None:
         for array in (chunk.digests, chunk.keys, chunk.scores, chunk.rows)
     )
     assert allocated == group.storage.num_bytes
+
+
+def test_tables_that_can_grow_are_known() -> None:
+    """Those alone are looked at before a lookup; a table that has been emptied is one of them again."""
+    sizes = ((64, 8), (8, 8), (16, 8))
+    group = group_of(
+        *(config(f"t{table}", capacity=most, init_capacity=first) for table, (most, first) in enumerate(sizes))
+    )
+    storage = group.storage
+    assert storage.growable == [0, 2]
+    storage.double(2)
+    assert storage.growable == [0]
+    for _ in range(3):
+        storage.double(0)
+    assert storage.growable == []
+    group.reset(2)
+    assert storage.growable == [2] and copy.deepcopy(storage).growable == [2]
