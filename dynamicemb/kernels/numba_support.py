@@ -21,7 +21,6 @@ from dynamicemb.kernels.numba_cache import kernel_cache
 
 __all__ = [
     "MIN_ITEMS_PER_THREAD",
-    "PREFETCH_DISTANCE",
     "as_bytes",
     "as_float32",
     "as_int64",
@@ -35,6 +34,7 @@ __all__ = [
     "parallel_for",
     "prefetch",
     "prefetch_to_write",
+    "rows_ahead",
     "stack_bytes",
 ]  # fmt: skip
 
@@ -57,9 +57,6 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 #: For functions called from kernels: compiled into them. Python must not call them: the wrappers for that, a fifth of
 #: what there was to compile, are left out.
 inline = numba.njit(inline="never", no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
-
-#: Keys that a kernel looks ahead. One random access takes as long as the work on about this many rows.
-PREFETCH_DISTANCE = np.int64(8)
 
 #: Several ranges for each thread, so that nobody waits long for one that was woken late or shares its core.
 _RANGES_PER_THREAD = 4
@@ -199,6 +196,13 @@ def prefetch_to_write(address, num_bytes):  # type: ignore[no-untyped-def]
     """Like :func:`prefetch`, for lines that will be written to."""
     for line in range(address & ~63, address + num_bytes, 64):
         _line_to_write(line)
+
+
+@inline
+def rows_ahead(row_bytes):  # type: ignore[no-untyped-def]
+    """How many rows a kernel looks ahead. Narrow ones are done long before an access at random; of wide ones 8 KiB are
+    all that the first-level cache keeps beside the rest."""
+    return max(np.int64(8), min(np.int64(24), np.int64(8192) // row_bytes))
 
 
 @intrinsic

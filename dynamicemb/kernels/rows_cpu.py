@@ -10,7 +10,7 @@ import torch
 from numba import types
 from numba.extending import intrinsic
 
-from dynamicemb.kernels.numba_support import as_float32, as_uint16, copy_bytes, inline
+from dynamicemb.kernels.numba_support import as_float32, as_uint16, copy_bytes, inline, prefetch, rows_ahead
 from dynamicemb.kernels.segment_sum import BLOCK_ROWS
 from dynamicemb.options import MAX_DIM
 
@@ -139,15 +139,22 @@ def _set_to_zero(target, dim):
 
 
 @inline
+def _add_rows(rows, row_bytes, code, order, first, last, target, dim):
+    """Adds rows ``order[first:last]`` to those values, and asks for those that come after them in ``order``."""
+    distance, used_bytes = rows_ahead(row_bytes), dim * 4 if code == FLOAT32 else dim * 2
+    for i in range(first, last):
+        prefetch(rows + order[min(i + distance, order.size - 1)] * row_bytes, used_bytes)
+        add_row(rows + order[i] * row_bytes, code, target, dim)
+
+
+@inline
 def sum_rows(rows, row_bytes, code, order, first, last, target, block, dim):
     """Sums rows ``order[first:last]`` of those at address ``rows`` at address ``target``, in blocks as
     :mod:`~dynamicemb.kernels.segment_sum` says. ``block`` is the address of another row, for the sum of a block."""
     _set_to_zero(target, dim)
     while last - first >= _BLOCK_ROWS:
         _set_to_zero(block, dim)
-        for i in range(first, first + _BLOCK_ROWS):
-            add_row(rows + order[i] * row_bytes, code, block, dim)
+        _add_rows(rows, row_bytes, code, order, first, first + _BLOCK_ROWS, block, dim)
         add_row(block, FLOAT32, target, dim)
         first += _BLOCK_ROWS
-    for i in range(first, last):
-        add_row(rows + order[i] * row_bytes, code, target, dim)
+    _add_rows(rows, row_bytes, code, order, first, last, target, dim)

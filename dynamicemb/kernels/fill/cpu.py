@@ -22,13 +22,13 @@ from dynamicemb.kernels.fill import (
 from dynamicemb.kernels.fill.philox_cpu import BLOCKS, philox_blocks
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
 from dynamicemb.kernels.numba_support import (
-    PREFETCH_DISTANCE,
     as_float32,
     as_uint32,
     inline,
     kernel,
     parallel_for,
     prefetch_to_write,
+    rows_ahead,
     stack_bytes,
 )
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, MAX_ROW_BYTES, read_row, write_row
@@ -122,8 +122,9 @@ def _fill(
     parameters, states,
 ):  # fmt: skip
     words, rounded_from = stack_bytes(WORDS_BYTES), stack_bytes(MAX_ROW_BYTES)
+    distance = rows_ahead(row_bytes)
     for u in range(start, stop):
-        ahead = min(u + PREFETCH_DISTANCE, stop - 1)
+        ahead = min(u + distance, stop - 1)
         if status[ahead] == _INSERTED or status[ahead] == _REPLACED:
             row = addresses[_ROWS, chunk_of(slots[ahead])] + offset_of(slots[ahead]) * row_bytes
             prefetch_to_write(row, row_bytes)

@@ -9,7 +9,7 @@ import torch
 
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
 from dynamicemb.kernels.host_memory import empty_rows
-from dynamicemb.kernels.numba_support import PREFETCH_DISTANCE, as_float32, copy_bytes, kernel, parallel_for, prefetch
+from dynamicemb.kernels.numba_support import as_float32, copy_bytes, kernel, parallel_for, prefetch, rows_ahead
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, read_row
 from dynamicemb.kernels.views import AddressRow, GroupView
 
@@ -18,8 +18,9 @@ _ROWS = np.int64(AddressRow.ROWS)
 
 @kernel
 def _gather(start, stop, addresses, row_bytes, used_bytes, code, slots, inverse, dim, out):
+    distance = rows_ahead(row_bytes)
     for i in range(start, stop):
-        ahead = slots[inverse[min(i + PREFETCH_DISTANCE, stop - 1)]]
+        ahead = slots[inverse[min(i + distance, stop - 1)]]
         if ahead >= 0:
             prefetch(addresses[_ROWS, chunk_of(ahead)] + offset_of(ahead) * row_bytes, used_bytes)
         slot = slots[inverse[i]]
@@ -47,8 +48,9 @@ def gather(view: GroupView, slots: torch.Tensor, inverse: Optional[torch.Tensor]
 
 @kernel
 def _gather_rows(start, stop, rows, row_bytes, inverse, out):
+    distance = rows_ahead(row_bytes)
     for i in range(start, stop):
-        prefetch(rows + inverse[min(i + PREFETCH_DISTANCE, stop - 1)] * row_bytes, row_bytes)
+        prefetch(rows + inverse[min(i + distance, stop - 1)] * row_bytes, row_bytes)
         copy_bytes(out + i * row_bytes, rows + inverse[i] * row_bytes, row_bytes)
 
 

@@ -11,12 +11,12 @@ import torch
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.kernels.numba_support import (
-    PREFETCH_DISTANCE,
     as_float32,
     inline,
     kernel,
     parallel_for,
-    prefetch,
+    prefetch_to_write,
+    rows_ahead,
     stack_bytes,
 )
 from dynamicemb.kernels.rows_cpu import DTYPE_CODES, FLOAT32, MAX_ROW_BYTES, read_row, sum_rows, write_row
@@ -113,11 +113,12 @@ def _update(
     gradients, gradient_bytes, gradient_code, hyperparameters, corrections,
 ):  # fmt: skip
     gradient, row, block = stack_bytes(MAX_ROW_BYTES), stack_bytes(MAX_ROW_BYTES), stack_bytes(MAX_ROW_BYTES)
+    distance = rows_ahead(row_bytes)
     for u in range(start, stop):
-        ahead = min(u + PREFETCH_DISTANCE, stop - 1)
+        ahead = min(u + distance, stop - 1)
         if slots[ahead] >= 0:
-            prefetch(addresses[_ROWS, chunk_of(slots[ahead])] + offset_of(slots[ahead]) * row_bytes, row_bytes)
-            prefetch(gradients + order[offsets[ahead]] * gradient_bytes, gradient_bytes)
+            ahead_address = addresses[_ROWS, chunk_of(slots[ahead])] + offset_of(slots[ahead]) * row_bytes
+            prefetch_to_write(ahead_address, row_bytes)
         slot = slots[u]
         if slot < 0:
             continue
