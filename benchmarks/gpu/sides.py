@@ -15,7 +15,7 @@ from dynamicemb.table.optimizers import OptimizerConfig
 from gpu import traffic
 from gpu.ids import Batch, IdSource, count_unique
 from gpu.rounds import Lap, Step
-from gpu.static import has_static_rule, static_bytes, static_tables
+from gpu.static import static_bytes, static_tables, why_no_static
 from gpu.tables import (
     BUCKET_CAPACITY,
     LOAD,
@@ -89,7 +89,7 @@ class Pair:
         self.dynamic = DynamicTables(size.tables, size.rows, size.dim, optimizer, device)
         self.dynamic.insert_every(source, size.ids)
         self.static: Optional[Any] = None
-        if has_static_rule(kind, device):
+        if not why_no_static(kind, device):
             self.static = static_tables(self.dynamic, source, optimizer, device)
         self._offsets = torch.arange(size.ids + 1, device=device)
 

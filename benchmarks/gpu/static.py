@@ -1,30 +1,25 @@
-"""fbgemm's table-batched embedding with static tables; apart, because only comparisons with it need fbgemm."""
+"""fbgemm's table-batched embedding with static tables. Where it cannot be loaded, our own side is measured alone."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    ComputeDevice,
-    EmbeddingLocation,
-    OptimType,
-    PoolingMode,
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 from dynamicemb.table.optimizers import OptimizerConfig
 from gpu.ids import IdSource
 from gpu.tables import DynamicTables, slices
 
-__all__ = ["has_static_rule", "static_bytes", "static_tables"]
+__all__ = ["static_bytes", "static_tables", "why_no_static"]
 
+#: Names of fbgemm's ``OptimType``.
 _STATIC_OPTIMIZERS = {
-    OptimizerKind.SGD: OptimType.EXACT_SGD,
-    OptimizerKind.ROWWISE_ADAGRAD: OptimType.EXACT_ROWWISE_ADAGRAD,
-    OptimizerKind.ADAM: OptimType.ADAM,
+    OptimizerKind.SGD: "EXACT_SGD",
+    OptimizerKind.ROWWISE_ADAGRAD: "EXACT_ROWWISE_ADAGRAD",
+    OptimizerKind.ADAM: "ADAM",
 }
 
 
@@ -33,9 +28,22 @@ def static_bytes(tables: int, rows: int, dim: int, kind: OptimizerKind) -> int:
     return tables * rows * (dim + RowLayout(dim, torch.float32, kind).state_width) * 4
 
 
-def has_static_rule(kind: OptimizerKind, device: torch.device) -> bool:
-    """Whether fbgemm updates rows by this rule there: on the CPU it has no Adam."""
-    return kind in _STATIC_OPTIMIZERS and (device.type != "cpu" or kind is not OptimizerKind.ADAM)
+@functools.cache
+def _fbgemm() -> Any:
+    """The module with the tables, or the error that its import ends in."""
+    try:
+        return importlib.import_module("fbgemm_gpu.split_table_batched_embeddings_ops_training")
+    except Exception as error:
+        return error
+
+
+def why_no_static(kind: OptimizerKind, device: torch.device) -> str:
+    """Why fbgemm does not update rows by this rule there; nothing if it does."""
+    if kind not in _STATIC_OPTIMIZERS or (device.type == "cpu" and kind is OptimizerKind.ADAM):
+        return "fbgemm has no such optimizer on the CPU"
+    if isinstance(error := _fbgemm(), Exception):
+        return f"fbgemm cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
 
 
 def static_tables(dynamic: DynamicTables, source: IdSource, optimizer: OptimizerConfig, device: torch.device) -> Any:
@@ -46,17 +54,20 @@ def static_tables(dynamic: DynamicTables, source: IdSource, optimizer: Optimizer
     Returns:
         a ``SplitTableBatchedEmbeddingBagsCodegen`` without pooling.
     """
-    host = device.type == "cpu"
-    place = (EmbeddingLocation.HOST, ComputeDevice.CPU) if host else (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
-    module = SplitTableBatchedEmbeddingBagsCodegen(
+    fbgemm, host = _fbgemm(), device.type == "cpu"
+    if isinstance(fbgemm, Exception):
+        raise fbgemm
+    where, computes = fbgemm.EmbeddingLocation, fbgemm.ComputeDevice
+    place = (where.HOST, computes.CPU) if host else (where.DEVICE, computes.CUDA)
+    module = fbgemm.SplitTableBatchedEmbeddingBagsCodegen(
         [(source.universe, dynamic.dim, *place)] * source.tables,
-        optimizer=_STATIC_OPTIMIZERS[optimizer.kind],
+        optimizer=fbgemm.OptimType[_STATIC_OPTIMIZERS[optimizer.kind]],
         learning_rate=optimizer.learning_rate,
         eps=optimizer.eps,
         beta1=optimizer.beta1,
         beta2=optimizer.beta2,
-        pooling_mode=PoolingMode.NONE,
-        bounds_check_mode=BoundsCheckMode.NONE,
+        pooling_mode=fbgemm.PoolingMode.NONE,
+        bounds_check_mode=fbgemm.BoundsCheckMode.NONE,
         device=device,
     )
     weights = module.split_embedding_weights()

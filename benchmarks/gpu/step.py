@@ -11,6 +11,7 @@ from dynamicemb.kernels.layout import OptimizerKind
 from gpu.published import NAMES, STEP_SOURCE, step_milliseconds, step_ratio
 from gpu.rounds import Turns, in_turns
 from gpu.sides import CHECK_RTOL, CHECK_STEPS, DRY, FULL, OPTIMIZERS, WITH_INITIALIZER, Pair, Size, memory_bytes
+from gpu.static import why_no_static
 from gpu.tables import LOAD
 from gpu.topic import Case, Context, Measured, Topic
 
@@ -111,7 +112,8 @@ def _measure(context: Context, size: Size, kind: OptimizerKind, deadline: float)
     pair.check()
     training = in_turns(context.device, pair.training(), size.rounds, size.warm_up, deadline)
     evaluation = in_turns(context.device, pair.evaluation(), size.rounds // 2, size.warm_up, deadline)
-    left_out = {} if pair.static is not None else {f"{NAMES[kind]}: TBE": "fbgemm has no such optimizer on the CPU"}
+    reason = why_no_static(kind, context.torch_device)
+    left_out = {f"{NAMES[kind]}: TBE": reason} if reason else {}
     return Measured(
         [
             *_phase_figures(context, size, pair, kind, training, ("forward", "backward")),

@@ -93,8 +93,8 @@ def _smoke(place: Place) -> Stage:
     kernels = sorted(str(file) for file in Path("tests/kernels").glob("test_triton_*.py"))
     if place.dry:
         kernels = [f"tests/kernels/test_triton_{name}.py" for name in ("hashing", "tally")]
-        return _tests("smoke", ["--each-file", "2", *kernels], 60, INTERPRETED)
-    return _tests("smoke", ["--each-file", "3", "-n", "8", "--dist", "loadfile", *kernels], 75)
+        return _tests("smoke", ["--each-test", "1", *kernels], 60, INTERPRETED)
+    return _tests("smoke", ["--each-test", "1", "-n", "8", "--dist", "loadfile", *kernels], 75)
 
 
 def _tests(name: str, arguments: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> Stage:

@@ -16,19 +16,20 @@ _REASON_BYTES = 1500
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("findings")
     group.addoption("--findings", type=Path, metavar="FILE", help="append a line of JSON for each test")
-    group.addoption("--each-file", type=int, metavar="N", help="run the first N tests of each file")
+    group.addoption("--each-test", type=int, metavar="N", help="run the first N cases of each test")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    most = config.getoption("each_file")
+    most = config.getoption("each_test")
     if most is None:
         return
-    seen: dict[Path, int] = {}
+    seen: dict[tuple[Path, str], int] = {}
     chosen = []
     for item in items:
-        seen[item.path] = seen.get(item.path, 0) + 1
-        if seen[item.path] <= most:
+        test = item.path, item.name.partition("[")[0]
+        seen[test] = seen.get(test, 0) + 1
+        if seen[test] <= most:
             chosen.append(item)
     items[:] = chosen
 

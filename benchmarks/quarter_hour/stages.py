@@ -71,7 +71,7 @@ class Session:
     def newly_compiled(self) -> list[str]:
         """Names of the kernels that were compiled since this was asked last: launches that found no compiled one."""
         with self._lock:
-            now = set(self._kernel_cache.glob("*/*.cubin"))
+            now = set(self._kernel_cache.glob("*/*.source"))  # which those that were installed do not have
             new, self._known_kernels = now - self._known_kernels, now
         return sorted(file.stem for file in new)
 

@@ -118,6 +118,7 @@ def test_launches_find_what_was_installed(toy: Path, other_build: bool) -> None:
     # Without what was compiled here: the code and what is known of it, and nothing else.
     suffixes = sorted(file.suffix for file in (toy / f"there-{other_build}").rglob("*") if file.is_file())
     assert suffixes == [".cubin"] * 2 + [".json"] * 4
+    assert len([*(toy / "here").rglob("*.source")]) == 2, "by which a run knows what it had to compile"
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from gpu import breakdown, sides, step
+from gpu import breakdown, sides, static, step
 from gpu.breakdown import OTHERS, grouped, shares
 from gpu.device import HostDevice, KernelRun
 from gpu.ids import Batch, IdSource
@@ -43,6 +43,15 @@ def test_compares_both_sides_where_fbgemm_has_the_optimizer() -> None:
     assert str(price.target) == "≤ 1.1" and price.measured.median > 0 and 1 < price.expected < 1.1
     forward = figures["Adam: dynamic, forward"]
     assert forward.moved_bytes > DRY.ids * DRY.dim * 4 and forward.copy_share > 0 and forward.expected > 0
+
+
+def test_measures_our_side_where_fbgemm_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static, "_fbgemm", lambda: OSError("libnvidia-ml.so.1: not found\nand more"))
+    outcome = _outcome(HostDevice())
+    assert outcome.findings is not None and not outcome.errors
+    assert outcome.findings.left_out["SGD: TBE"] == "fbgemm cannot be loaded: OSError: libnvidia-ml.so.1: not found"
+    names = {figure.name for figure in outcome.findings.figures}
+    assert "SGD: dynamic, forward" in names and not any("TBE" in name for name in names)
 
 
 def _replace_static(monkeypatch: pytest.MonkeyPatch, change: object) -> None:

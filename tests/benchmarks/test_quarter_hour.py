@@ -136,10 +136,14 @@ def test_the_time_is_kept(tmp_path: Path) -> None:
 
 
 def test_newly_compiled_kernels_are_named(tmp_path: Path) -> None:
-    compiles = "os.makedirs('cache/KEY'); open('cache/KEY/_find_kernel.cubin', 'w').close()"
-    findings = found(tmp_path, f"stage('before', ''), stage('compiles', {compiles!r}), stage('after', '')")
+    """Triton keeps the source of what it compiles, which an installed kernel comes without."""
+    installs = "os.makedirs('cache/ONE'); open('cache/ONE/_insert_kernel.cubin', 'w').close()"
+    compiles = (
+        "os.makedirs('cache/TWO'); [open(f'cache/TWO/_find_kernel.{s}', 'w').close() for s in ('cubin', 'source')]"
+    )
+    findings = found(tmp_path, f"stage('installs', {installs!r}), stage('compiles', {compiles!r}), stage('after', '')")
     assert findings["compiles"]["figures"] == {"kernels compiled": 1, "which": ["_find_kernel"]}
-    assert "figures" not in findings["before"] and "figures" not in findings["after"]
+    assert "figures" not in findings["installs"] and "figures" not in findings["after"]
 
 
 def test_a_kill_leaves_whole_lines_and_a_whole_archive(tmp_path: Path) -> None:
@@ -218,11 +222,11 @@ def test_what_was_on_the_path_stays_on_it(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 TESTS = """
 import pytest
-def test_first(): pass
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_first(number): assert number < 3
 def test_second(): assert 1 == 2, "one is not two"
 @pytest.mark.skip(reason="not here")
 def test_third(): pass
-def test_fourth(): raise SystemExit
 """
 
 
@@ -230,14 +234,14 @@ def test_tests_are_reported_as_they_end(tmp_path: Path) -> None:
     for name in ("test_a.py", "test_b.py"):
         (tmp_path / name).write_text(TESTS)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "quarter_hour.pytest_findings", "-p", "no:cacheprovider"]
-    process = started(tmp_path, [*command, "--each-file", "3", "--findings", "lines.jsonl"])
+    process = started(tmp_path, [*command, "--each-test", "2", "--findings", "lines.jsonl"])
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1, output
     records = {record["name"]: record for record in read_lines(tmp_path / "lines.jsonl")[0]}
     assert outcomes(records) == {
         f"test_{file}.py::test_{name}": outcome
         for file in "ab"
-        for name, outcome in {"first": "ok", "second": "failed", "third": "skipped"}.items()
+        for name, outcome in {"first[1]": "ok", "first[2]": "ok", "second": "failed", "third": "skipped"}.items()
     }
     assert "one is not two" in records["test_a.py::test_second"]["reason"]
     assert "not here" in records["test_a.py::test_third"]["reason"]
