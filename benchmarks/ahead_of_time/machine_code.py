@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from ahead_of_time.launches import Launch
 
-__all__ = ["MachineCode", "access_widths", "compiled", "machine_code", "resources", "spilled_bytes"]
+__all__ = ["MachineCode", "access_widths", "compiled", "machine_code", "resources", "sass", "spilled_bytes"]
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # LDL, STL: loads and stores of memory that each thread has for itself.
@@ -67,7 +67,12 @@ def spilled_bytes(cubin: bytes, used: dict[str, int]) -> int:
     them in a register.
     """
     reserved = used["STACK"] + used["LOCAL"]
-    return reserved if reserved and _LOCAL_ACCESS.search(_report_on(cubin, "nvdisasm", "--print-code")) else 0
+    return reserved if reserved and _LOCAL_ACCESS.search(sass(cubin)) else 0
+
+
+def sass(cubin: bytes) -> str:
+    """The machine code as text."""
+    return _report_on(cubin, "nvdisasm", "--print-code")
 
 
 def _report_on(cubin: bytes, tool: str, *arguments: str) -> str:

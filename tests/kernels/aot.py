@@ -28,13 +28,13 @@ from ahead_of_time.architectures import ARCHITECTURES  # noqa: E402
 from ahead_of_time.barriers import races  # noqa: E402
 from ahead_of_time.configurations import ALL, SOME, group_step, launches_of, width_classes  # noqa: E402
 from ahead_of_time.launches import Launch, recorded_launches  # noqa: E402
-from ahead_of_time.machine_code import MachineCode, compiled, machine_code  # noqa: E402
+from ahead_of_time.machine_code import MachineCode, compiled, machine_code, sass  # noqa: E402
 from ahead_of_time.ptx import PtxError, parse  # noqa: E402
 from ahead_of_time.random_interpretation import RandomInterpreter  # noqa: E402
 
 __all__ = [
     "ARCHITECTURES", "ROOT", "Launch", "PtxError", "RandomInterpreter", "code_of", "compilations", "compiled",
-    "every_launch", "functions", "group_step", "kernels", "parse", "ptx_of", "races", "recorded_launches",
+    "every_launch", "functions", "group_step", "kernels", "parse", "ptx_of", "races", "recorded_launches", "sass",
     "some_launches", "variant", "warps_that_fit", "width_classes",
 ]  # fmt: skip
 

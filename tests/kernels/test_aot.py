@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +45,13 @@ from tests.kernels.aot import (
     Launch,
     code_of,
     compilations,
+    compiled,
     every_launch,
     group_step,
     kernels,
     ptx_of,
     recorded_launches,
+    sass,
     some_launches,
     variant,
     warps_that_fit,
@@ -154,6 +157,18 @@ def test_warps_of_an_h100(kernel: str, constants: dict[str, int], warps: int) ->
         code = code_of(launch, 90)
         assert not code.spilled_bytes
         assert warps_that_fit(max(code.registers, launch.options_on(90)["maxnreg"])) >= warps, str(launch)
+
+
+def test_an_update_waits_for_memory_three_times() -> None:
+    """Offsets are asked for before the slot, and a row and both states before the positions of its gradients: what
+    registers are too few for, ptxas moves down to where it is needed."""
+    adam = {"OPTIMIZER": int(OptimizerKind.ADAM), "DIM": 128, "DTYPE": 0, "GRADIENT_DTYPE": 0}
+    updates = [launch for launch in some_launches() if launch.kernel == "_update_kernel"]
+    (launch,) = (launch for launch in updates if adam.items() <= dict(launch.constants).items())
+    for architecture in ARCHITECTURES:
+        offsets, rows, _ = sass(compiled(launch, architecture).asm["cubin"]).split("BAR.SYNC")
+        assert len(re.findall(r"LDG\.E", offsets)) == 3  # the first is the number of entries
+        assert len(re.findall(r"LDG\.E\.128", rows)) == 3
 
 
 def shares_tiles(launch: Launch) -> bool:
