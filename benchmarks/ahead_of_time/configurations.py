@@ -21,6 +21,7 @@ from dynamicemb.kernels.hashing import mix64, owners
 from dynamicemb.kernels.insert import Insertion
 from dynamicemb.kernels.layout import MAX_CHUNKS, OptimizerKind, RowLayout
 from dynamicemb.kernels.note import note, note_touches
+from dynamicemb.kernels.repeat import repeat
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.tally import tally
 from dynamicemb.kernels.update import WeightDecayMode
@@ -178,6 +179,7 @@ def _hashing_and_dedup() -> None:
     for batch in BATCHES:
         mix64(_meta(batch))
         owners(_meta(batch), WORLD_SIZE)
+        repeat(_meta(WORLD_SIZE, dtype=torch.int32), _meta(WORLD_SIZE), batch)
         for tables in TABLE_COUNTS:
             dedup(_meta(batch), _meta(batch, dtype=torch.int32), tables, WORLD_SIZE)
 
@@ -210,6 +212,7 @@ def _duplicates(dim: int, dtype: torch.dtype) -> None:
 def _long_batches() -> None:
     """Batches that are not sorted may be longer than what ``torch.sort`` takes, 2**31 - 1."""
     keys = _meta(LONG_BATCH)
+    repeat(_meta(WORLD_SIZE, dtype=torch.int32), _meta(WORLD_SIZE), LONG_BATCH)
     mix64(keys)
     owners(keys, WORLD_SIZE)
     group = _group(USUAL_LAYOUT, USUAL_CAPACITY, DynamicEmbEvictStrategy.LRU)

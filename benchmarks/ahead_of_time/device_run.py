@@ -26,6 +26,7 @@ from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather, gather_rows
 from dynamicemb.kernels.hashing import mix64, owners
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
+from dynamicemb.kernels.repeat import repeat
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.options import DynamicEmbEvictStrategy
 from dynamicemb.table.config import TableConfig
@@ -70,6 +71,7 @@ def _what_is_small() -> None:
     for entries, world_size in itertools.product(BATCHES, WORLD_SIZES):
         mix64(_meta(entries))
         owners(_meta(entries), world_size)
+        repeat(_meta(world_size, dtype=torch.int32), _meta(world_size), entries)
         notes(entries)
 
 

@@ -25,6 +25,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dynamicemb.errors import DynamicEmbError, KeyTypeError, RemoteRankError
 from dynamicemb.kernels.hashing import owners
+from dynamicemb.kernels.repeat import repeat
 from dynamicemb.kernels.views import UniqueKeys
 from dynamicemb.shard.route import GroupKeys, OwnedKeys, Route, keys_by_group
 from dynamicemb.table.storage import state_memory
@@ -112,7 +113,7 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         """This rank's ids of all groups."""
         keys = features.values().long().contiguous()
         lengths = features.lengths().view(len(self._table_of_feature), -1).sum(dim=1)
-        tables = torch.repeat_interleave(self._table_of_feature, lengths, output_size=keys.numel())
+        tables = repeat(self._table_of_feature, lengths, keys.numel())
         return GroupKeys(keys, tables, None, [self._lengths_by_table(features)])
 
     def _owned(self, keys: GroupKeys) -> list[GroupKeys]:
@@ -278,7 +279,7 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
         columns = self._received.t().contiguous()
         keys = GroupKeys(
             keys=columns[0],
-            tables=torch.repeat_interleave(self._tables, self._lengths, output_size=columns.shape[1]),
+            tables=repeat(self._tables, self._lengths, columns.shape[1]),
             occurrences=columns[1] if columns.shape[0] > 1 else None,
             lengths_by_table=self._lengths_by_table,
         )

@@ -29,6 +29,7 @@ class Ceiling:
 CEILINGS = {
     "_mix_kernel": Ceiling(64, "one pass over memory: as many loads under way as there can be"),
     "_owner_kernel": Ceiling(64, "as for _mix_kernel"),
+    "_repeat_kernel": Ceiling(64, "writes one number over and over"),
     "_prefix_kernel": Ceiling(48, "one pass over memory, with a division"),
     "_compare_kernel": Ceiling(28, "two positions, keys and tables for each of four places"),
     "_settle_kernel": Ceiling(16, "works only where prefixes of different keys are equal"),

@@ -16,7 +16,14 @@ from tests.interpreter import needs_interpreter
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 #: Modules that are no slower there than others are compiled.
-FAST = ("test_triton_fill", "test_triton_gather", "test_triton_hashing", "test_triton_note", "test_triton_tally")
+FAST = (
+    "test_triton_fill",
+    "test_triton_gather",
+    "test_triton_hashing",
+    "test_triton_note",
+    "test_triton_repeat",
+    "test_triton_tally",
+)
 MODULES = sorted(path.stem for path in HERE.glob("test_triton_*.py"))
 
 pytestmark = [
