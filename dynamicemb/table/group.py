@@ -174,10 +174,8 @@ class TableGroup:
         """
         if unique is None:
             unique = dedup(keys, tables, len(self.configs), self.world_size, lengths_by_table)
-        batch_sizes = [keys.numel()] * len(self.configs)
-        if lengths_by_table is not None:
-            batch_sizes = [sum(lengths) for lengths in zip(*lengths_by_table, strict=True)]
-        self._grow_for(unique, batch_sizes)
+        if self.storage.growable:
+            self._grow_for(unique, lengths_by_table or [[keys.numel()] * len(self.configs)])
         scores = self._scores(unique, counts)
         status = torch.empty(unique.keys.shape, dtype=torch.int8, device=self.device)
         slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU, status)
@@ -255,18 +253,18 @@ class TableGroup:
             return Scores(unique.offsets, ScoreSource.DIFFERENCE)
         return Scores(segment_sum(counts, unique))
 
-    def _grow_for(self, unique: UniqueKeys, batch_sizes: Sequence[int]) -> None:
+    def _grow_for(self, unique: UniqueKeys, lengths_by_table: Sequence[Sequence[int]]) -> None:
         """Doubles tables until the rows they hold and the batch's new keys stay within max_load_factor.
 
         Asks the device only when a table that may grow could have become too full since it was asked last.
 
         Args:
             unique: the batch.
-            batch_sizes: for each table how many of its keys the batch has at most.
+            lengths_by_table: for each part of the batch, how many keys of each table it has at most.
         """
         suspects = []
         for table in self.storage.growable:
-            self._size_bounds[table] += batch_sizes[table]
+            self._size_bounds[table] += sum(lengths[table] for lengths in lengths_by_table)
             limit = self.configs[table].max_load_factor * self.storage.geometries[table].slots
             if self._size_bounds[table] > limit:
                 suspects.append(table)

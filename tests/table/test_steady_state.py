@@ -151,6 +151,20 @@ def test_a_table_that_has_room_to_grow_and_need_not_does_not_wait() -> None:
         assert step(train, group).waits == []
 
 
+def test_a_table_that_may_grow_is_asked_because_of_its_own_ids_alone() -> None:
+    """Ten of a thousand: four such batches are far from half of it. Without their numbers they might all be its own."""
+    tables = [config("grows", capacity=64 * KEYS, init_capacity=8 * KEYS), config("full", capacity=64 * KEYS)]
+    with meta_memory():
+        group = TableGroup(tables, 1, META)
+    keys, indices = torch.empty(KEYS, dtype=torch.int64, device=META), torch.empty(KEYS, dtype=torch.int32, device=META)
+    for _ in range(40):
+        with recorded() as seen:
+            group.train_lookup(keys, indices, lengths_by_table=[[4, KEYS - 504], [6, 494]])
+        assert seen.waits == []
+    with recorded(), pytest.raises(NotImplementedError, match="meta"):
+        [group.train_lookup(keys, indices) for _ in range(4)]
+
+
 def test_a_table_that_may_have_to_grow_asks() -> None:
     """Its size decides, and that is on the device: four batches may have filled half of it."""
     group = group_of(capacity=64 * KEYS, init_capacity=8 * KEYS, max_load_factor=0.5)
