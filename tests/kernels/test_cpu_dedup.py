@@ -227,8 +227,8 @@ def test_tables_one_after_the_other(layout: str, batch: str) -> None:
 @pytest.mark.parametrize("layout", ["undivided", "divided", "long and short ones", "halves of a long one", "many"])
 def test_any_number_of_threads(layout: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each range of the work is as short as it can be, and begins and ends where it may."""
-    monkeypatch.setattr(cpu, "_MIN_WORDS_PER_THREAD", 1)
-    monkeypatch.setattr(cpu, "_MIN_PIECES_PER_THREAD", 1)
+    for name in ("_MIN_PIECES_PER_THREAD", "_MIN_WORDS_TO_SORT", "_MIN_WORDS_TO_WRITE"):
+        monkeypatch.setattr(cpu, name, 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

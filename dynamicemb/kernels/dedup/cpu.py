@@ -10,6 +10,7 @@ works on it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from collections.abc import Sequence
 from typing import Optional
@@ -28,25 +29,33 @@ from dynamicemb.kernels.dedup.words_cpu import (
     sort_words,
 )
 from dynamicemb.kernels.hashing.cpu import mix
-from dynamicemb.kernels.numba_support import as_uint32, inline, kernel, mulhi64, parallel_for, stack_bytes
+from dynamicemb.kernels.numba_support import (
+    as_uint32,
+    inline,
+    kernel,
+    mulhi64,
+    parallel_for,
+    prefetch_to_write,
+    stack_bytes,
+)
 from dynamicemb.kernels.views import UniqueKeys
 
 # A table with more keys is divided into ranges of 512 to 1024 keys, which fit into the first-level cache with all that
 # is made of them; but into 2048 ranges at most, whose ends, where it is written, fit into the second-level cache.
 _UNDIVIDED_KEYS = 1 << 14
 _KEYS_OF_RANGE_BITS, _MAX_DIVIDE_BITS = 10, 11
-# It is read in pieces, which several threads can work on. Two pieces take 20 microseconds, as does handing them over.
+# It is read in pieces, which several threads can work on.
 _MIN_KEYS_OF_PIECE, _MAX_PIECES = 1 << 13, 32
-_MIN_PIECES_PER_THREAD = 2
-# Sorting takes 4 ns a key, writing 2.
-_MIN_WORDS_PER_THREAD = 1 << 13
+# 200 to 300 microseconds of work. What is handed over begins 60 microseconds later, and all that it reads and writes
+# has to go from one core's cache to the other's and back.
+_MIN_PIECES_PER_THREAD, _MIN_WORDS_TO_SORT, _MIN_WORDS_TO_WRITE = 16, 1 << 16, 1 << 16
 _CELL_BYTES = 4 << MAX_CELL_BITS
 _0, _1, _63, _64 = np.uint64(0), np.uint64(1), np.uint64(63), np.uint64(64)
 
 # Columns of the plan, int64: of tables; there is a row more than tables.
 _FIRST_PIECE, _FIRST_SEGMENT, _FIRST_WORD, _DIVIDE_BITS = 0, 1, 2, 3
-# Of pieces: a range of positions, its table, and where its counters begin if the table is divided.
-_FROM, _TO, _TABLE_OF_PIECE, _COUNTERS = 0, 1, 2, 3
+# Of pieces: a range of positions, its first word, its table, and where its counters begin if the table is divided.
+_FROM, _TO, _WORD_OF_PIECE, _TABLE_OF_PIECE, _COUNTERS = 0, 1, 2, 3, 4
 # Of segments; there is a row more than segments.
 _SEGMENT_WORD, _TABLE_OF_SEGMENT, _FIRST_RUN = 0, 1, 2
 # Of runs; there is a row more than runs. The last two say where in the result it begins.
@@ -77,13 +86,14 @@ def _plan(lengths, ends, tables, pieces):
         for sender in range(senders):
             stop = ends[sender, table]
             for first in range(stop - lengths[sender, table], stop, longest):
-                pieces[piece, _FROM], pieces[piece, _TO] = first, min(first + longest, stop)
+                last = min(first + longest, stop)
+                pieces[piece, _FROM], pieces[piece, _TO], pieces[piece, _WORD_OF_PIECE] = first, last, word
                 pieces[piece, _TABLE_OF_PIECE], pieces[piece, _COUNTERS] = table, counters
+                word += last - first
                 piece += 1
                 if bits > 0:
                     counters += 1 << bits
         segment += 1 << bits
-        word += total
     tables[num_tables, _FIRST_PIECE], tables[num_tables, _FIRST_SEGMENT] = piece, segment
     tables[num_tables, _FIRST_WORD] = word
     return counters
@@ -127,13 +137,20 @@ def _counters_of(pieces, piece, tables):
 
 
 @kernel
-def _count_ranges(first_piece, last_piece, tables, pieces, keys, counters, mixed):
-    """Mixes the keys of divided tables, and counts those of each range."""
+def _count_ranges(first_piece, last_piece, tables, pieces, keys, counters, mixed, divided_keys, positions):
+    """Mixes the keys of divided tables, and counts those of each range.
+
+    Asks for the memory to which :func:`_divide` will write in no order that a processor could foresee: between two
+    steps of training, most of it has left the caches.
+    """
     for piece in range(first_piece, last_piece):
         counter, bits = _counters_of(pieces, piece, tables)
         if bits == _0:
             continue
         first, stop = np.uint64(pieces[piece, _FROM]), np.uint64(pieces[piece, _TO])
+        size, word = pieces[piece, _TO] - pieces[piece, _FROM], pieces[piece, _WORD_OF_PIECE]
+        prefetch_to_write(np.int64(divided_keys.ctypes.data) + word * 8, size * 8)
+        prefetch_to_write(np.int64(positions.ctypes.data) + word * 4, size * 4)
         for i in range(first, stop):
             mixed[i] = mix(keys[i])
         clear(counters, counter, counter + (_1 << bits))
@@ -206,10 +223,9 @@ def _sort(start, end, tables, pieces, segments, keys, divided_keys, positions, l
             make_words(first, stop, divided_keys, low_mask, first, spare)
         else:
             keys_here, positions_here = keys, no_positions
-            at = np.int64(first)
             for piece in range(tables[table, _FIRST_PIECE], tables[table + 1, _FIRST_PIECE]):
+                at = pieces[piece, _WORD_OF_PIECE]
                 make_words(pieces[piece, _FROM], pieces[piece, _TO], keys, low_mask, at, spare)
-                at += pieces[piece, _TO] - pieces[piece, _FROM]
         sort_words(spare, first, stop, divide_bits, cells, words)
         entries, unsettled = mark_entries(first, stop, keys_here, positions_here, low_mask, words, spare)
         if unsettled:
@@ -247,6 +263,7 @@ def _write(start, end, runs, sorted_keys, marked, unique_keys, unique_tables, in
     """Writes the runs that begin between ``start`` and ``end``, without a branch for where a key comes first."""
     if start == 0:
         offsets[0] = 0
+    prefetch_to_write(np.int64(inverse.ctypes.data) + start * 8, (end - start) * 8)  # written to in any order
     run = _first_at(runs, _RUN_WORD, start)
     while run < runs.shape[0] - 1 and runs[run, _RUN_WORD] < end:
         place, first_entry, table = np.uint64(runs[run, _PLACE]), np.uint64(runs[run, _ENTRY]), runs[run, _TABLE_OF_RUN]
@@ -299,7 +316,7 @@ def dedup(
         return _dedup(keys, np.array(lengths_by_table, np.int64), world_size)
     if num_tables == 1:
         return _dedup(keys, np.array([[keys.numel()]]), world_size)
-    # Numbered anew, since there may be more tables than keys.
+    # Put in order, and tables numbered anew, since there may be more of them than keys.
     present, lengths = np.unique(tables.numpy(), return_counts=True)
     by_table = torch.from_numpy(tables.numpy().argsort(kind="stable"))
     unique = _dedup(keys[by_table], lengths[None], world_size)
@@ -314,12 +331,18 @@ def _dedup(keys: torch.Tensor, lengths: np.ndarray, world_size: int) -> UniqueKe
     n = keys.numel()
     runs, run_order, sorted_keys, marked = _sorted_runs(keys.numpy(), lengths, world_size)
     entries = _place_runs(runs, run_order)
-    # Made by NumPy, which takes a fifth of the time that torch does.
-    unique_keys, unique_tables = np.empty(entries, np.int64), np.empty(entries, np.int32)
-    inverse, order, offsets = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(entries + 1, np.int64)
+    # One block: what is returned lives and dies together, and memory of several would go back to the system when the
+    # batch is let go of, which costs page faults. By NumPy, which takes a fifth of the time that torch does.
+    sizes = (n, n, entries, entries + 1, -(-entries // 2))
+    ends = list(itertools.accumulate(sizes))
+    memory = np.empty(ends[-1], np.int64)
+    inverse, order, unique_keys, offsets, tables = (
+        memory[end - size : end] for end, size in zip(ends, sizes, strict=True)
+    )
+    unique_tables = tables.view(np.int32)[:entries]
     parallel_for(
         _write, n, runs, sorted_keys, marked, unique_keys, unique_tables, inverse, order, offsets,
-        min_items=_MIN_WORDS_PER_THREAD,
+        min_items=_MIN_WORDS_TO_WRITE,
     )  # fmt: skip
     count = np.array([entries], np.int64)
     return UniqueKeys(*map(torch.from_numpy, (unique_keys, unique_tables, inverse, order, offsets, count)))
@@ -334,14 +357,17 @@ def _sorted_runs(
     # Owners are ranges of mixed keys: only where each has several tables are they told apart.
     owners = world_size if num_tables > 1 else 1
     tables = np.empty((num_tables + 1, 4), np.int64)
-    pieces = np.empty((senders * num_tables + n // _MIN_KEYS_OF_PIECE, 4), np.int64)
+    pieces = np.empty((senders * num_tables + n // _MIN_KEYS_OF_PIECE, 5), np.int64)
     counters = np.empty(_plan(lengths, lengths.cumsum().reshape(lengths.shape), tables, pieces), np.uint64)
     num_pieces, num_segments = int(tables[-1, _FIRST_PIECE]), int(tables[-1, _FIRST_SEGMENT])
     low_bits = np.uint64(max(n - 1, 0).bit_length())
     spare, words = _scratch.words(n)
     divided_keys, positions = _scratch.divided(n if counters.size > 0 else 0)
     if counters.size > 0:
-        parallel_for(_count_ranges, num_pieces, tables, pieces, keys, counters, words, min_items=_MIN_PIECES_PER_THREAD)
+        parallel_for(
+            _count_ranges, num_pieces, tables, pieces, keys, counters, words, divided_keys, positions,
+            min_items=_MIN_PIECES_PER_THREAD,
+        )  # fmt: skip
     segments = np.empty((num_segments + 1, 3), np.int64)
     runs = np.empty((_lay_out_segments(tables, pieces, counters, owners, segments) + 1, 6), np.int64)
     runs[-1, _RUN_WORD] = n
@@ -352,7 +378,7 @@ def _sorted_runs(
         )  # fmt: skip
     parallel_for(
         _sort, n, tables, pieces, segments, keys, divided_keys, positions, low_bits, np.uint64(owners), spare, words,
-        runs, min_items=_MIN_WORDS_PER_THREAD,
+        runs, min_items=_MIN_WORDS_TO_SORT,
     )  # fmt: skip
     if owners == 1:
         return runs, np.empty(0, np.int64), words, spare
