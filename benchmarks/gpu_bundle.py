@@ -70,7 +70,7 @@ def _wheels(options: argparse.Namespace) -> str:
 
 
 def _kernels(options: argparse.Namespace) -> str:
-    sys.path.append(str(ROOT))  # what tests launch is derived from the tests
+    sys.path.insert(0, str(ROOT))  # the sources beside this file, and the tests, whose launches are derived from them
     import triton
     from ahead_of_time.cache import make_archive
 

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+from dynamicemb.kernels import launch
 
 __all__ = ["Counts", "stand_in"]
 
@@ -88,7 +91,8 @@ def stand_in(compute_capability: int) -> Iterator[Counts]:
     driver.set_active(_Driver(compute_capability, counts))
     knobs.compilation.listener = compilation
     try:
-        yield counts
+        with mock.patch.object(launch, "_compute_capability", return_value=compute_capability):
+            yield counts
     finally:
         driver._active = before
         knobs.compilation.listener = listener

@@ -44,7 +44,8 @@ def _toy_kernel(values, total, TILE: tl.constexpr):
 def launches():
     for dtype in (torch.float32, torch.bfloat16):
         values = torch.empty(1000, dtype=dtype, device="meta")
-        launch(_toy_kernel, 8, values, values.numel(), options=LaunchOptions(num_warps=2, maxnreg=64), TILE=128)
+        options = LaunchOptions(num_warps=2, maxnreg=64, maxnreg_ampere=96)
+        launch(_toy_kernel, 8, values, values.numel(), options=options, TILE=128)
 """
 PACK = """
 import sys
@@ -129,6 +130,8 @@ def test_another_source_or_gpu_is_compiled_anew(toy: Path, tmp_path: Path) -> No
     (tmp_path / "toy.py").write_text(TOY.format(scale=4))
     assert launched(tmp_path, "toy", "other source")["compiled"] == ["_toy_kernel"] * 2
     assert launched(toy, "toy", "other gpu", compute_capability=80)["compiled"] == ["_toy_kernel"] * 2
+    kept = [json.loads(file.read_text()) for file in (toy / "other gpu").glob("*/_toy_kernel.json")]
+    assert sorted(entry["maxnreg"] for entry in kept) == [64, 64, 96, 96], "those installed, and those compiled"
 
 
 @pytest.mark.slow
