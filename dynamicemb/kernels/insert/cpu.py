@@ -18,6 +18,7 @@ from dynamicemb.kernels.numba_support import (
     inline,
     kernel,
     parallel_for,
+    prefetch,
     prefetch_to_write,
     stack_bytes,
 )
@@ -31,8 +32,9 @@ _MAX_CHUNKS = np.int64(MAX_CHUNKS)
 _NO_SLOT = np.int64(NO_SLOT)
 _MAX_CAPACITY = max(BUCKET_CAPACITIES)
 _EMPTY = np.uint8(0)
-# Keys and scores are written this many keys after their place is known: until then the cache lines have arrived.
-_STORE_DISTANCE = 16
+# A bucket's digests are asked for this many keys before they are read, and keys and scores written as many keys after
+# their place is known: until then the cache lines have arrived.
+_DISTANCE = 16
 
 
 @inline
@@ -97,8 +99,13 @@ def _insert(
     # ``touched`` is about it.
     at, first_slot, free_from, marked = np.int64(-1), np.int64(-1), np.int64(0), False
     for u in range(start, stop):
-        if u - start >= _STORE_DISTANCE:
-            _store(u - _STORE_DISTANCE, addresses, keys, tables, scores, source, slots, status)
+        ahead = u + _DISTANCE
+        if ahead < stop and slots[ahead] == _NO_SLOT:
+            table = np.int64(tables[ahead])
+            chunk, index = bucket_place(geometry, table, mix(keys[ahead]), world_size)
+            prefetch(addresses[_DIGESTS, table * _MAX_CHUNKS + chunk] + index * capacity, capacity)
+        if u - start >= _DISTANCE:
+            _store(u - _DISTANCE, addresses, keys, tables, scores, source, slots, status)
         if slots[u] != _NO_SLOT:  # nearly all, in steady state: their buckets are not even looked at
             continue
         table, mixed = np.int64(tables[u]), mix(keys[u])
@@ -131,7 +138,7 @@ def _insert(
             prefetch_to_write(scores_here + slot * 8, 8)
         as_bytes(digests)[slot] = digest_of(mixed)
         slots[u] = slot_handle(table, chunk, first_slot + slot)
-    for u in range(max(start, stop - _STORE_DISTANCE), stop):
+    for u in range(max(start, stop - _DISTANCE), stop):
         _store(u, addresses, keys, tables, scores, source, slots, status)
 
 
