@@ -91,6 +91,7 @@ class Launch:
 _handler: Optional[Callable[[Launch], None]] = None
 _compiled: dict[tuple[Any, ...], Any] = {}
 _NOWHERE = nullcontext()
+_hashed: set[int] = set()
 
 
 @contextmanager
@@ -102,6 +103,22 @@ def intercepted(handler: Callable[[Launch], None]) -> Iterator[None]:
         yield
     finally:
         _handler = before
+
+
+def _hash_callees_first(function: Any) -> None:
+    """Makes the key of a kernel in Triton's cache on disk independent of what this process has launched before.
+
+    The key counts constants of the functions that a kernel calls only if those were hashed before the kernel was. So
+    one kernel would have several keys, and be compiled several times, by processes that launch in different orders.
+    """
+    if id(function) in _hashed:
+        return
+    _hashed.add(id(function))
+    for name in function.fn.__code__.co_names:
+        callee = function.fn.__globals__.get(name)
+        if isinstance(callee, JITFunction):
+            _hash_callees_first(callee)
+    _ = function.cache_key
 
 
 @functools.cache
@@ -190,6 +207,7 @@ def _run(
     with _NOWHERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index):
         if (compiled := _compiled.get(key)) is None:
             assert [*constants] == kernel.arg_names[len(arguments) :], f"{kernel.fn.__name__}: constants out of order"
+            _hash_callees_first(kernel)
             keywords = options.for_triton(_compute_capability(index))
             _compiled[key] = kernel[(programs,)](*arguments, **constants, **keywords)
         else:

@@ -67,7 +67,9 @@ if {other_build}:
 from quarter_hour.kernel_cache import install
 installed = install(Path("kernels.tar.xz"))
 from ahead_of_time.stand_in import stand_in
+import {module}
 from {module} import launches
+{before}
 with stand_in({compute_capability}) as counts:
     launches()
 print(json.dumps({{**vars(counts), **vars(installed)}}))
@@ -93,10 +95,12 @@ def run(folder: Path, script: str, cache: str, triton: Path | None = None) -> st
 
 def launched(
     folder: Path, module: str, cache: str = "there", other_build: bool = False, compute_capability: int = 90,
-    triton: Path | None = None,
+    triton: Path | None = None, before: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """What became of the launches of ``module`` in a fresh process after the archive was installed."""
-    script = INSTALL.format(module=module, other_build=other_build, compute_capability=compute_capability)
+    script = INSTALL.format(
+        module=module, other_build=other_build, compute_capability=compute_capability, before=before
+    )
     return json.loads(run(folder, script, cache, triton))
 
 
@@ -120,6 +124,12 @@ def test_launches_find_what_was_installed(toy: Path, other_build: bool) -> None:
     suffixes = sorted(file.suffix for file in (toy / f"there-{other_build}").rglob("*") if file.is_file())
     assert suffixes == [".cubin"] * 2 + [".json"] * 4
     assert len([*(toy / "here").rglob("*.source")]) == 2, "by which a run knows what it had to compile"
+
+
+@pytest.mark.slow
+def test_kernels_are_found_whatever_was_launched_before(toy: Path) -> None:
+    """A function that the kernel calls has been hashed, as it is when another kernel that calls it comes first."""
+    assert launched(toy, "toy", "other order", before="toy._scaled.cache_key")["compiled"] == []
 
 
 @pytest.mark.slow
