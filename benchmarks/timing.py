@@ -63,6 +63,6 @@ def milliseconds(laps: list[Laps], phase: str = "step") -> Spread:
     return Spread.of([1e3 * seconds for seconds in _totals(laps, phase)])
 
 
-def ratio(numerator: list[Laps], denominator: list[Laps]) -> Spread:
-    """Spread of the quotient of two contenders' steps, taken round by round."""
-    return Spread.of([a / b for a, b in zip(_totals(numerator, "step"), _totals(denominator, "step"), strict=True)])
+def ratio(numerator: list[Laps], denominator: list[Laps], phase: str = "step") -> Spread:
+    """Spread of the quotient of one phase of two contenders, or of their whole steps, taken round by round."""
+    return Spread.of([a / b for a, b in zip(_totals(numerator, phase), _totals(denominator, phase), strict=True)])

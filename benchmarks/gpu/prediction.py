@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,14 +132,19 @@ H200 = Device("H200", 4.3e12, 46e9, 20e-6, 2e-6)
 H100 = Device("H100", 2.8e12, 32e9, 20e-6, 2e-6)
 
 
-def _newest(results: Path) -> Optional[Path]:
-    """The newest complete results of ``make aot``; of one day, those of the newest Triton."""
-    files = list(results.glob("aot-triton-*.json"))
-    return max(files, key=lambda file: (file.stem[-10:], _version(file)), default=None)
+def _by_age(results: Path) -> list[Path]:
+    """Results of ``make aot``, the newest first; of one day, those of the Triton that is pinned, then of newer ones."""
+
+    def rank(file: Path) -> tuple[str, bool, tuple[int, ...]]:
+        version = re.findall(r"triton-([\d.]+)-", file.stem)[0]
+        return file.stem[-10:], version == _pinned_triton(), tuple(map(int, version.split(".")))
+
+    return sorted(results.glob("aot-*.json"), key=rank, reverse=True)
 
 
-def _version(file: Path) -> tuple[int, ...]:
-    return tuple(int(part) for part in file.stem.split("-")[2].split("."))
+def _pinned_triton() -> str:
+    requirements = Path(__file__).parents[2] / "requirements" / "base.txt"
+    return re.findall(r"^triton==([\d.]+)", requirements.read_text(), re.MULTILINE)[0]
 
 
 @functools.cache
@@ -156,15 +162,14 @@ def compiled(kernel: str, setting: Mapping[str, Any], results: Path) -> Optional
         results: folder of the results.
 
     Returns:
-        None if nobody has compiled it.
+        What the newest results say that have it; None if none has.
     """
-    file = _newest(results)
-    if file is None or (entry := _kernels(file).get(kernel)) is None:
-        return None
-    for configuration in entry["configurations"]:
-        have = {**entry["common"], **configuration["setting"]}
-        if all(have.get(name, value) == value for name, value in setting.items()):
-            code = configuration[ARCHITECTURE]
-            tile = have.get("ROWS", have.get("TILE", have.get("LOOK", 1)))
-            return Compiled(tile, code["warps"], code["resident_warps"], code["registers"])
+    for file in _by_age(results):
+        entry = _kernels(file).get(kernel, {"configurations": []})
+        for configuration in entry["configurations"]:
+            have = {**entry["common"], **configuration["setting"]}
+            if ARCHITECTURE in configuration and all(have.get(name, value) == value for name, value in setting.items()):
+                code = configuration[ARCHITECTURE]
+                tile = have.get("ROWS", have.get("TILE", have.get("LOOK", 1)))
+                return Compiled(tile, code["warps"], code["resident_warps"], code["registers"])
     return None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import roofline
 import torch
-from gpu import traffic
+from gpu import prediction, traffic
 from gpu.prediction import H100, Chain, Compiled, Device, compiled
 from gpu.published import NAMES
 from gpu.traffic import SortWork, Traffic
@@ -76,28 +76,32 @@ def test_machine_code_is_found_for_every_kernel_that_waits(kind: OptimizerKind) 
         assert (code is not None) == (row.chain is not None), row.operation
 
 
-def aot_results(folder: Path, version: str, date: str, registers: int) -> None:
-    setting = {"DIM": 128, "ROWS": 2, "OPTIMIZER": 0}
+def aot_results(folder: Path, version: str, date: str, registers: int, dim: int = 128, part: str = "") -> None:
+    setting = {"DIM": dim, "ROWS": 2, "OPTIMIZER": 0}
     code = {"registers": registers, "warps": 1, "resident_warps": 20}
     configurations: list[dict[str, Any]] = [
         {"setting": {**setting, "DIM": 64}, "sm_90": {**code, "registers": 1}},
+        {"setting": setting, "sm_80": code},
         {"setting": setting, "sm_90": code},
     ]
     kernels = {"_update_kernel": {"common": {"BLOCK": 128}, "configurations": configurations}}
-    (folder / f"aot-triton-{version}-{date}.json").write_text(json.dumps({"kernels": kernels}))
+    (folder / f"aot-{part}triton-{version}-{date}.json").write_text(json.dumps({"kernels": kernels}))
 
 
-def test_machine_code_of_the_newest_results_and_of_the_newest_triton_in_them(tmp_path: Path) -> None:
+def test_machine_code_of_the_newest_results_that_have_it(tmp_path: Path) -> None:
     wanted = {"DIM": 128, "OPTIMIZER": 0, "DTYPE": 0}  # the kernel has no DTYPE
     assert compiled("_update_kernel", wanted, tmp_path) is None
-    for version, date, registers in (
-        ("3.10.0", "2026-01-02", 3),
-        ("3.9.0", "2026-01-02", 2),
-        ("4.0.0", "2025-12-31", 4),
-    ):
-        aot_results(tmp_path, version, date, registers)
-    assert compiled("_update_kernel", wanted, tmp_path) == Compiled(tile=2, warps=1, resident_warps=20, registers=3)
-    assert compiled("_update_kernel", {"DIM": 256}, tmp_path) is None
+    aot_results(tmp_path, "4.0.0", "2025-12-31", 4)
+    assert compiled("_update_kernel", wanted, tmp_path) == Compiled(tile=2, warps=1, resident_warps=20, registers=4)
+    for version, registers in (("3.10.0", 3), ("3.9.0", 2)):
+        aot_results(tmp_path, version, "2026-01-02", registers, part="part-")
+    assert compiled("_update_kernel", wanted, tmp_path) == Compiled(2, 1, 20, registers=3), "of 3.9 and 3.10"
+    pinned = prediction._pinned_triton()
+    aot_results(tmp_path, pinned, "2026-01-02", 5)
+    assert compiled("_update_kernel", wanted, tmp_path) == Compiled(2, 1, 20, registers=5), "the pinned one"
+    aot_results(tmp_path, pinned, "2026-01-03", 6, dim=256)
+    assert compiled("_update_kernel", wanted, tmp_path) == Compiled(2, 1, 20, registers=5), "no newer one has it"
+    assert compiled("_update_kernel", {"DIM": 512}, tmp_path) is None
     assert compiled("_other_kernel", wanted, tmp_path) is None
 
 

@@ -12,7 +12,8 @@ TINY = table_step.Size(rows=3_000, dim=8, ids=500, rounds=2, warm_up=1)
 def test_compares_both_optimizers_that_fbgemm_has() -> None:
     findings = table_step.measure(TINY)
     targets = [figure.name for figure in findings.figures if figure.target is not None]
-    assert targets == ["row-wise Adagrad: fbgemm's time / ours", "SGD: fbgemm's time / ours"]
+    of_each = ("fbgemm's time / ours", "forward, ours / fbgemm's")
+    assert targets == [f"{name}: {figure}" for name in ("row-wise Adagrad", "SGD") for figure in of_each]
     assert "Adam: step" in {figure.name for figure in findings.figures}
     assert all(figure.measured.median > 0 for figure in findings.figures)
     assert {len(values) for values in findings.series.values()} == {TINY.rounds}
