@@ -27,7 +27,7 @@ from gpu.traffic import Traffic
 
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
 from dynamicemb.kernels.rows_triton import DTYPE_CODES
-from dynamicemb.kernels.update import WeightDecayMode
+from dynamicemb.table.optimizers import OptimizerConfig
 
 __all__ = ["SECTIONS", "Measured", "Row", "document", "measured_kernels", "measured_phases", "phase_rows"]
 
@@ -74,7 +74,7 @@ class Row:
         setting: dict[str, Any] = {
             "DIM": DIM, "ROW_BYTES": layout.row_bytes, "CAPACITY": BUCKET_CAPACITY, "OPTIMIZER": int(kind),
             "DTYPE": DTYPE_CODES[torch.float32], "GRADIENT_DTYPE": DTYPE_CODES[torch.float32],
-            "DECAY_MODE": int(WeightDecayMode.NONE), "DIRECT": self.phase == "evaluation",
+            "DECAY_MODE": int(OptimizerConfig(kind).applied_weight_decay), "DIRECT": self.phase == "evaluation",
             "TOUCH": self.phase == "forward",
         }  # fmt: skip
         return compiled(self.kernel, setting, results)
