@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -62,19 +62,24 @@ def compiled_keys(
     return keys, len(counts.compiled)
 
 
-def _share(task: tuple[int, int, int]) -> tuple[set[str], int]:
-    compute_capability, share, shares = task
-    return compiled_keys(device_run, compute_capability, share, shares)
+def make_archive(
+    archive: Path, compute_capability: int, processes: int, launches: Callable[[], None] = device_run
+) -> tuple[Packed, int]:
+    """Compiles what ``launches`` launches, by default a first run on a GPU, and packs it.
 
+    Entries of Triton's cache stay whole, PTX included: others that find them here read it.
 
-def make_archive(archive: Path, compute_capability: int, processes: int) -> tuple[Packed, int]:
-    """Compiles :func:`~ahead_of_time.device_run.device_run` and packs it.
+    Args:
+        archive: a ``.tar.xz`` file.
+        compute_capability: of the GPU.
+        processes: that compile.
+        launches: a function that other processes can import.
 
     Returns:
         What was packed, and how many kernels were not in Triton's cache here.
     """
-    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as executor:
-        parts = list(executor.map(_share, [(compute_capability, share, processes) for share in range(processes)]))
+        share = functools.partial(compiled_keys, launches, compute_capability, shares=processes)
+        parts = list(executor.map(share, range(processes)))
     return pack(set().union(*(keys for keys, _ in parts)), archive), sum(compiled for _, compiled in parts)

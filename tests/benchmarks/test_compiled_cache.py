@@ -48,13 +48,10 @@ def launches():
         launch(_toy_kernel, 8, values, values.numel(), options=options, TILE=128)
 """
 PACK = """
-import sys
 from pathlib import Path
-from ahead_of_time.cache import compiled_keys
-from quarter_hour.kernel_cache import pack
+from ahead_of_time.cache import make_archive
 from {module} import launches
-keys, compiled = compiled_keys(launches, 90)
-packed = pack(keys, Path("kernels.tar.xz"))
+packed, compiled = make_archive(Path("kernels.tar.xz"), 90, 1, launches)
 print(compiled, packed.kernels, packed.num_bytes)
 """
 INSTALL = """
@@ -123,7 +120,8 @@ def test_launches_find_what_was_installed(toy: Path, other_build: bool) -> None:
     # Without what was compiled here: the code and what is known of it, and nothing else.
     suffixes = sorted(file.suffix for file in (toy / f"there-{other_build}").rglob("*") if file.is_file())
     assert suffixes == [".cubin"] * 2 + [".json"] * 4
-    assert len([*(toy / "here").rglob("*.source")]) == 2, "by which a run knows what it had to compile"
+    for suffix, reason in ((".source", "a run knows by it what it had to compile"), (".ptx", "others here read it")):
+        assert len([*(toy / "here").rglob(f"*{suffix}")]) == 2, reason
 
 
 @pytest.mark.slow
