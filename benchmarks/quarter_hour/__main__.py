@@ -68,17 +68,24 @@ def environment(work: Path) -> dict[str, str]:
 
 
 def run(given: Sequence[Stage], beside: Sequence[Stage], session: Session) -> None:
-    """All stages, those ``beside`` at the same time as the others."""
+    """All stages, those ``beside`` at the same time as the others. Closes the session, however it ends."""
     threads = [threading.Thread(target=run_stage, args=(stage, session), daemon=True) for stage in beside]
-    for thread in threads:
-        thread.start()
-    for stage in given:
-        run_stage(stage, session)
-    for thread in threads:  # each ends with its stage, at the deadline
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for stage in given:
+            run_stage(stage, session)
+        for thread in threads:  # each ends with its stage, at the deadline
+            thread.join()
+    finally:
+        session.close()
+        for thread in threads:  # it names what it has not found
+            if thread.is_alive():
+                thread.join(CLOSING_SECONDS)
 
 
 def _interrupted(*_: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough, and what follows has to be finished
     raise SystemExit("interrupted")
 
 
@@ -103,7 +110,6 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run(stages(options.part, place), background(options.part, place), session)
     finally:
-        session.close()
         snapshots.finish()
         journal.add("part", FAILED if journal.outcomes[FAILED] else "ok", time.monotonic() - began, journal.outcomes)
     return 1 if journal.outcomes[FAILED] else 0

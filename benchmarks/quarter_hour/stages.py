@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .journal import FAILED, OK, SKIPPED, Journal, read_lines
-from .processes import end, end_orphans, start, tail
+from .processes import end, kill_orphans, reap, start, tail
 
 __all__ = ["Session", "Stage", "run_stage"]
 
 POLL_SECONDS = 0.05
+#: That a killed process may take to end, while there is time, and after the deadline. One that held most of a GPU's
+#: memory takes a second or so.
+ENDING_SECONDS, LATE_ENDING_SECONDS = 2.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,12 @@ class Session:
         self.environment, self.deadline = environment, deadline
         self._kernel_cache, self._known_kernels = kernel_cache, set[Path]()
         self._lock, self._running = threading.Lock(), dict[int, subprocess.Popen[bytes]]()
+        self._closed = False
         self.newly_compiled()
 
     def left(self) -> float:
-        """Seconds."""
-        return self.deadline - time.monotonic()
+        """Seconds; none once the session is closed."""
+        return 0.0 if self._closed else self.deadline - time.monotonic()
 
     def newly_compiled(self) -> list[str]:
         """Names of the kernels that were compiled since this was asked last: launches that found no compiled one."""
@@ -78,19 +82,26 @@ class Session:
     def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """A process of this session; one that is not known is taken for what another has left behind."""
         with self._lock:
+            if self._closed:
+                raise RuntimeError("the session is closed")
             process = start(command, log, self.root, {**self.environment, **environment})
             self._running[process.pid] = process
         return process
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Ends it, and what it has left behind."""
-        end(process)
+        seconds = min(ENDING_SECONDS, max(LATE_ENDING_SECONDS, self.left()))
+        end(process, seconds)
         with self._lock:
             self._running.pop(process.pid, None)
-            end_orphans([*self._running])
+            orphans = kill_orphans([*self._running])
+        reap(orphans, seconds)
 
     def close(self) -> None:
-        """Ends what still runs."""
+        """Ends what still runs. Nothing can be started afterwards: a stage in another thread sees its process end, and
+        would go on with a new one."""
+        with self._lock:
+            self._closed = True
         for process in [*self._running.values()]:
             self.end(process)
 
@@ -118,7 +129,7 @@ class _Attempt:
 
     @property
     def out_of_time(self) -> bool:
-        return time.monotonic() >= self._limit
+        return time.monotonic() >= self._limit or self._session.left() <= 0
 
     def since_heard(self) -> float:
         return time.monotonic() - self._heard
@@ -166,7 +177,7 @@ def _attempts(stage: Stage, session: Session, began: float) -> tuple[str, str]:
     """The outcome of the stage's process, and why."""
     pending, number, outcome, reason = list(stage.findings), 0, OK, ""
     while True:
-        left = min(began + stage.seconds, session.deadline) - time.monotonic()
+        left = min(began + stage.seconds - time.monotonic(), session.left())
         if left < stage.least_seconds:
             for name in pending:
                 session.journal.add(f"{stage.name}: {name}", SKIPPED, 0.0, reason="no time is left for it")

@@ -23,7 +23,7 @@ from tests.processes import kill_tree, python_path
 ROOT = BENCHMARKS.parent
 #: Stages in a process of their own: whatever is no child of theirs they take for something left behind.
 DRIVER = """
-import sys, time
+import atexit, os, signal, sys, time
 from pathlib import Path
 from quarter_hour.__main__ import run
 from quarter_hour.journal import Journal
@@ -50,14 +50,17 @@ adopt_orphans()
 journal = Journal(out / "findings.jsonl", 7)
 session = Session(journal, results, Path.cwd(), {{}}, time.monotonic() + {seconds}, Path("cache"))
 snapshots = Snapshots(results, out / "part.tar.gz", 0.1)
-run([{stages}], [{beside}], session)
-snapshots.finish()
+{before}
+try:
+    run([{stages}], [{beside}], session)
+finally:
+    snapshots.finish()
 """
 SLEEPER = "import subprocess, sys; subprocess.Popen(['sleep', '77.5'], start_new_session=True)\n"
 
 
-def driver(stages: str, seconds: float = 30, beside: str = "") -> list[str]:
-    return [sys.executable, "-c", DRIVER.format(stages=stages, seconds=seconds, beside=beside)]
+def driver(stages: str, seconds: float = 30, beside: str = "", before: str = "") -> list[str]:
+    return [sys.executable, "-c", DRIVER.format(stages=stages, seconds=seconds, beside=beside, before=before)]
 
 
 def started(folder: Path, command: list[str]) -> subprocess.Popen[str]:
@@ -65,9 +68,11 @@ def started(folder: Path, command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.PIPE, text=True)
 
 
-def found(folder: Path, stages: str, seconds: float = 30, beside: str = "") -> dict[str, dict[str, Any]]:
+def found(
+    folder: Path, stages: str, seconds: float = 30, beside: str = "", before: str = ""
+) -> dict[str, dict[str, Any]]:
     """Findings of these stages by name, which are the same in the file and on the terminal."""
-    process = started(folder, driver(stages, seconds, beside))
+    process = started(folder, driver(stages, seconds, beside, before))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     lines = [json.loads(line) for line in output.splitlines()]
@@ -84,6 +89,13 @@ def sleepers() -> list[str]:
     """Processes that :data:`SLEEPER` has left."""
     found = subprocess.run(["pgrep", "-f", "^sleep 77.5"], capture_output=True, text=True).stdout
     return found.split()
+
+
+def runs(pid: str) -> bool:
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_what_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
@@ -133,6 +145,43 @@ def test_the_time_is_kept(tmp_path: Path) -> None:
     }  # fmt: skip
     assert "out of time" in findings["long: two"]["reason"] and "no time is left" in findings["late"]["reason"]
     assert sum(finding["seconds"] for name, finding in findings.items() if name in ("long", "late")) < 4
+
+
+def test_what_a_kill_does_not_end_is_not_waited_for(tmp_path: Path) -> None:
+    """A process inside a driver's call; here one that nobody kills, and what it has left behind."""
+    before = "os.kill = os.killpg = lambda *_: None"
+    start = time.monotonic()
+    sleeps = "import subprocess; subprocess.Popen(['sleep', '25']); time.sleep(25)"
+    findings = found(tmp_path, f"stage('stuck', {sleeps!r}, seconds=1, least_seconds=0)", seconds=1, before=before)
+    assert time.monotonic() - start < 15  # with two starts of Python on a busy machine
+    assert outcomes(findings) == {"stuck": "skipped"}
+
+
+def test_after_an_interruption_nothing_is_started(tmp_path: Path) -> None:
+    """A stage in another thread still has something to find when its process is killed."""
+    before = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); atexit.register(time.sleep, 0.5)"
+    beside = "stage('beside', 'say(\"one\"); time.sleep(70)', ('one', 'two', 'three'))"
+    process = started(tmp_path, driver("stage('long', 'time.sleep(70)')", beside=beside, before=before))
+    assert process.stdout is not None and "beside: one" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert {line["name"]: line["outcome"] for line in map(json.loads, output.splitlines())} == {
+        "beside: two": "skipped", "beside: three": "skipped", "beside": "skipped",
+    }  # fmt: skip
+    assert sorted(file.name for file in (tmp_path / "results").glob("beside.*.jsonl")) == ["beside.0.jsonl"]
+
+
+def test_a_process_ends_with_the_command(tmp_path: Path) -> None:
+    """Which nothing can prevent from being killed."""
+    process = started(tmp_path, driver("stage('long', 'say(str(os.getpid())); time.sleep(70)')"))
+    assert process.stdout is not None
+    child = json.loads(process.stdout.readline())["name"].split()[-1]
+    process.kill()
+    process.communicate(timeout=30)
+    limit = time.monotonic() + 10
+    while runs(child):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
 
 
 def test_newly_compiled_kernels_are_named(tmp_path: Path) -> None:
