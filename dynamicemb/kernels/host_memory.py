@@ -23,7 +23,10 @@ _LARGE_BYTES = 2 * _HUGE_PAGE_BYTES
 def _aligned(make: Callable[..., np.ndarray], num_bytes: int) -> np.ndarray:
     """uint8 [num_bytes] made by ``make``, at a multiple of a huge page's size, or of a cache line's if it is small."""
     alignment = _HUGE_PAGE_BYTES if num_bytes >= _LARGE_BYTES else _CACHE_LINE_BYTES
-    memory = make(num_bytes + alignment, np.uint8)
+    try:
+        memory = make(num_bytes + alignment, np.uint8)
+    except ValueError as error:  # NumPy's word for more bytes than 63 bits count
+        raise MemoryError(str(error)) from error
     first = -memory.ctypes.data % alignment
     return memory[first : first + num_bytes]
 
@@ -43,4 +46,6 @@ def empty_rows(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> torch
     num_bytes = rows * dim * dtype.itemsize
     if num_bytes < _LARGE_BYTES:
         return torch.empty(rows, dim, dtype=dtype)
-    return torch.from_numpy(_aligned(np.empty, num_bytes)).view(dtype).view(rows, dim)
+    memory = torch.from_numpy(_aligned(np.empty, num_bytes)).untyped_storage()
+    # No view of the bytes: autograd lets nobody change a view that a function of ours has returned.
+    return torch.empty(0, dtype=dtype).set_(memory, 0, (rows, dim))  # type: ignore[call-overload]

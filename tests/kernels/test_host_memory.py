@@ -44,6 +44,23 @@ def test_rows_are_aligned(rows: int, dim: int) -> None:
     result.fill_(1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 80_000])
+def test_rows_are_no_view(rows: int, dtype: torch.dtype) -> None:
+    """Autograd lets nobody change a view in place that a function of its own has returned."""
+    result = empty_rows(rows, 64, dtype)
+    assert not result._is_view() and result.dtype == dtype
+    kept = result.fill_(1.0)[-1]
+    del result
+    assert (kept == 1.0).all(), "the memory lives as long as any part of it"
+
+
+def test_more_bytes_than_can_be_counted() -> None:
+    for make in (zeroed_bytes, lambda num_bytes: empty_rows(num_bytes // 4, 1)):
+        with pytest.raises(MemoryError):
+            make(2**65)
+
+
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs /proc")
 def test_unused_bytes_take_no_memory() -> None:
     memory = zeroed_bytes(64 * MIB)
