@@ -98,7 +98,8 @@ def parallel_for(
         return
     ranges = threads * _RANGES_PER_THREAD
     cuts = [total * index // ranges for index in range(ranges + 1)]
-    waiting = itertools.pairwise(cuts)  # threads take the next one each, which the interpreter lock makes safe
+    # Threads take the next one each, which the interpreter lock makes safe: nothing else runs within a list's iterator.
+    waiting = iter(list(itertools.pairwise(cuts)))
 
     def work() -> None:
         for start, stop in waiting:
@@ -106,10 +107,15 @@ def parallel_for(
 
     pool = _executor(threads - 1)
     helpers: list[Future[None]] = [pool.submit(work) for _ in range(threads - 1)]
-    work()
-    for helper in helpers:
-        if not helper.cancel():  # one that has not even begun by now is not waited for
-            helper.result()
+    try:
+        work()
+    finally:
+        # If this thread is interrupted, nobody begins another range, and nobody works on in memory that is given back.
+        for _ in waiting:
+            pass
+        for helper in helpers:
+            if not helper.cancel():  # one that has not even begun by now is not waited for
+                helper.result()
 
 
 def _pointer_to(element: Any) -> Any:

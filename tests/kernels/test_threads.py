@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from dynamicemb.kernels.numba_support import parallel_for
 
 #: The parent has used its pool, and holds the pool's lock while it forks, as another of its threads may.
 _FORK = """
@@ -42,3 +49,27 @@ def test_a_forked_process_has_a_pool_of_its_own() -> None:
     ended = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == ["child", "2", "parent", "2"]
+
+
+def test_nobody_works_on_after_an_interruption() -> None:
+    """Memory that ranges are written to may be given back as soon as the call has ended."""
+    begun, ended = threading.Event(), []
+
+    def work(start: int, stop: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert begun.wait(60)
+            raise KeyboardInterrupt
+        begun.set()
+        time.sleep(0.2)
+        ended.append(start)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            parallel_for(work, 1000, min_items=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(ended) == 1
+    time.sleep(0.3)
+    assert len(ended) == 1
