@@ -251,3 +251,10 @@ def test_memory_of_an_earlier_batch() -> None:
     for size in (40_000, 20_000, 3, 0, 17_000, 41_000):
         keys = np.array([generator.randrange(size) for _ in range(size)], np.int64)
         assert_sorted(keys, [[size // 3, size - size // 3]], 2)
+
+
+@pytest.mark.parametrize("lengths", [[3], [2, 2], [2, 4]])
+def test_lengths_that_do_not_add_up_are_refused(lengths: list[int]) -> None:
+    """They would lead out of the memory of the batch."""
+    with pytest.raises(AssertionError, match="5 in the batch"):
+        dedup(int64(range(5)), int32([0] * 5), len(lengths), 1, [lengths])

@@ -313,7 +313,9 @@ def dedup(
     lengths_by_table: Optional[Sequence[Sequence[int]]],
 ) -> UniqueKeys:
     if lengths_by_table is not None:
-        return _dedup(keys, np.array(lengths_by_table, np.int64), world_size)
+        lengths = np.array(lengths_by_table, np.int64)
+        assert lengths.sum() == keys.numel(), f"{lengths.sum()} keys by their lengths, {keys.numel()} in the batch"
+        return _dedup(keys, lengths, world_size)
     if num_tables == 1:
         return _dedup(keys, np.array([[keys.numel()]]), world_size)
     # Put in order, and tables numbered anew, since there may be more of them than keys.
