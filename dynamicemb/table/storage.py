@@ -127,22 +127,30 @@ class GroupStorage:
         num_bytes = slots * (METADATA_BYTES_PER_SLOT + self.layout.row_bytes)
         with allocating(f"{self._names[table]}: {what} {slots} rows", num_bytes, self.device, remedy):
             chunk = Chunk.allocate(slots, self.layout, self.device)
+            self._store_addresses(table, len(self.chunks[table]), chunk)
         self.chunks[table].append(chunk)
-        self._store_addresses(table, len(self.chunks[table]) - 1)
 
-    def _store_addresses(self, table: int, number: int) -> None:
-        addresses = torch.tensor(self.chunks[table][number].addresses(), dtype=torch.int64)
+    def _store_addresses(self, table: int, number: int, chunk: Chunk) -> None:
+        addresses = torch.tensor(chunk.addresses(), dtype=torch.int64)
         self.view.addresses[:, table * MAX_CHUNKS + number] = addresses.to(self.device)
+
+    def _store_all_addresses(self) -> None:
+        for table, chunks in enumerate(self.chunks):
+            for number, chunk in enumerate(chunks):
+                self._store_addresses(table, number, chunk)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupStorage:
         """With addresses of its own memory: a copy of the old ones would lead to the rows of the original."""
         result = memo[id(self)] = object.__new__(type(self))
         for name, value in vars(self).items():
             setattr(result, name, copy.deepcopy(value, memo))
-        for table, chunks in enumerate(result.chunks):
-            for number in range(len(chunks)):
-                result._store_addresses(table, number)
+        result._store_all_addresses()
         return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As a copy: what is pickled lies elsewhere afterwards."""
+        vars(self).update(state)
+        self._store_all_addresses()
 
     def _store_geometry(self, table: int) -> None:
         size = self.geometries[table]

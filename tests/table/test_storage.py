@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -108,3 +109,14 @@ def test_tables_that_can_grow_are_known() -> None:
     assert storage.growable == []
     group.reset(2)
     assert storage.growable == [2] and copy.deepcopy(storage).growable == [2]
+
+
+def test_a_pickled_group_leads_to_its_own_memory() -> None:
+    """A copy of the addresses would lead to the rows of the original, or of nobody."""
+    group = group_of(config(capacity=64, init_capacity=8, max_load_factor=1.0))
+    train(group, range(14))
+    storage = group.storage
+    copied = pickle.loads(pickle.dumps(storage))
+    addresses = [chunk.addresses() for chunk in copied.chunks[0]]
+    assert len(addresses) == 2 and copied.view.addresses[:, :2].t().tolist() == addresses
+    assert addresses != [chunk.addresses() for chunk in storage.chunks[0]]
