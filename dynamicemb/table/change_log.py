@@ -91,11 +91,11 @@ class TouchLog:
         that are empty now do no harm."""
         self._store_bases(table)
         bases, capacity = self._chunk_bases(table), before.bucket_capacity
-        by_bucket = self._ticks.new_empty(before.buckets, capacity)
+        new = self._ticks[bases[before.levels + 1] : bases[before.levels + 2]].view(-1, capacity)
         for chunk in range(before.levels + 1):
             # Chunk 0 has the multiples of 2**levels; the others the odd multiples of 2**zeros.
             zeros = before.levels - chunk
             first, stride = (0, 1 << before.levels) if chunk == 0 else (1 << zeros, 2 << zeros)
-            by_bucket[first::stride] = self._ticks[bases[chunk] : bases[chunk + 1]].view(-1, capacity)
-        new = slice(bases[before.levels + 1], bases[before.levels + 2])
-        self._ticks[new] = by_bucket.view(-1)[: new.stop - new.start]
+            # In place, since there may be no room for a copy. The last doubling may add fewer buckets than there are.
+            split = new[first::stride]
+            split.copy_(self._ticks[bases[chunk] : bases[chunk + 1]].view(-1, capacity)[: len(split)])

@@ -130,8 +130,10 @@ class GroupChanges:
                 return (
                     False  # the graph would empty the memory with every replay; clocks will tell that it is not in it
                 )
-            self._evictions = EvictionLog(sum(size.max_slots for size in self._storage.geometries), device)
+            # Both or none, if there is no room.
+            evictions = EvictionLog(sum(size.max_slots for size in self._storage.geometries), device)
             self._touches = None if self._by_score else TouchLog(self._storage)
+            self._evictions = evictions
         return True
 
     def grown(self, table: int, before: TableGeometry) -> None:

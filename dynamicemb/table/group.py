@@ -170,20 +170,22 @@ class TableGroup:
             The rows, float32 [N, dim] (zeros for refused keys), and what :meth:`apply_gradients` needs.
 
         Raises:
-            OutOfMemoryError: a table must grow, and the device has no room for it. Nothing has changed.
+            OutOfMemoryError: a table must grow, or changes are to be noted, and the device has no room for it. Nothing
+                has changed.
         """
         if unique is None:
             unique = dedup(keys, tables, len(self.configs), self.world_size, lengths_by_table)
         if self.storage.growable:
             self._grow_for(unique, lengths_by_table or [[keys.numel()] * len(self.configs)])
+        log = self.changes.log()  # before anything changes: it may need memory
         scores = self._scores(unique, counts)
         status = torch.empty(unique.keys.shape, dtype=torch.int8, device=self.device)
         slots = find(self.storage.view, unique, scores, self.evict_strategy is DynamicEmbEvictStrategy.LFU, status)
+        self._generation += 1
         insertion = insert(self.storage.view, unique, slots, scores, status)
         fill(self.storage.view, unique, slots, insertion.status, self._initializer)
-        evicted = tally(unique, insertion.status, self._outcomes, self.clock, self.changes.log())
+        evicted = tally(unique, insertion.status, self._outcomes, self.clock, log)
         self.changes.looked_up(unique, slots, insertion, evicted)
-        self._generation += 1
         rows = gather(self.storage.view, slots, unique.inverse)
         return rows, TrainingLookup(unique, slots, self._generation, self.changes.lookups)
 
@@ -237,6 +239,13 @@ class TableGroup:
 
     def _on_device(self, trained: Sequence[bool]) -> torch.Tensor:
         """bool [T]. Written where it has changed, without a copy from the host, so that nothing waits."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A graph has its own: it runs when others have written to this one, and what it captures has not run yet.
+            captured = torch.ones_like(self._trained)
+            for table, takes_step in enumerate(trained):
+                if not takes_step:
+                    captured[table].fill_(False)
+            return captured
         for table, takes_step in enumerate(trained):
             if takes_step != self._trained_on_host[table]:
                 self._trained[table].fill_(takes_step)
@@ -283,8 +292,8 @@ class TableGroup:
         config = self.configs[table]
         while (size := self.storage.geometries[table]).can_grow and rows > config.max_load_factor * size.slots:
             self.storage.double(table)
-            self.changes.grown(table, size)
             self._generation += 1
+            self.changes.grown(table, size)
             logger.info(
                 "table '%s' grew from %d to %d slots (%d at most) to hold %d rows",
                 config.name, size.slots, self.storage.geometries[table].slots, size.max_slots, rows,

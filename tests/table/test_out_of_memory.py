@@ -12,13 +12,15 @@ import torch
 
 from dynamicemb.errors import DynamicEmbError, OutOfMemoryError
 from dynamicemb.kernels.layout import RowLayout
-from dynamicemb.table import memory
+from dynamicemb.options import DynamicEmbEvictStrategy
+from dynamicemb.table import change_log, changes, memory
 from dynamicemb.table.filling import TableFilling
 from dynamicemb.table.group import TableGroup
 from dynamicemb.table.memory import allocating, memory_of
 from dynamicemb.table.storage import Chunk
 from tests.table.groups import CPU, config, group_of, read, train
 
+LRU, LFU = DynamicEmbEvictStrategy.LRU, DynamicEmbEvictStrategy.LFU
 ALLOCATE = Chunk.allocate
 #: What torch says of a CPU and of a GPU without room.
 FAILURES = (
@@ -84,6 +86,35 @@ def test_a_second_doubling_that_fails_keeps_the_first() -> None:
         train(group, range(8, 34))
     assert group.storage.geometries[0].slots == 16
     assert sorted(group.stored_rows(0).keys.tolist()) == list(range(8))
+    first.sum().backward()
+    assert read(group, range(8)) == [-1.0] * 8
+
+
+@pytest.mark.parametrize(("strategy", "log"), [(LRU, "EvictionLog"), (LFU, "EvictionLog"), (LFU, "TouchLog")])
+def test_no_room_for_notes_of_changes_changes_nothing(strategy: DynamicEmbEvictStrategy, log: str) -> None:
+    """The first lookup after ``begin`` takes their memory, and if it cannot, the next one does."""
+    group = group_of(config(evict_strategy=strategy))
+    train(group, range(6))
+    group.changes.begin()
+    before, progress = group.stored_rows(0), group.progress(0)
+    with mock.patch.object(changes, log, side_effect=FAILURES[0]), pytest.raises(RuntimeError, match="can't allocate"):
+        train(group, range(10))
+    after = group.stored_rows(0)
+    assert torch.equal(after.keys, before.keys) and torch.equal(after.scores, before.scores)
+    assert group.progress(0) == progress and group.counters()[0].size == 6
+    train(group, range(4, 10))
+    group.changes.begin()
+    touched = group.changes.touched(0, progress.clock + (strategy is LRU), 0)
+    assert group.changes.first_step(0) == progress.clock and group.changes.survey(0, touched).selected == 6
+
+
+def test_an_update_finds_rows_that_have_moved_although_changes_could_not_be_noted() -> None:
+    group = group_of(config(capacity=64, init_capacity=8, max_load_factor=1.0, evict_strategy=LFU))
+    group.changes.begin()
+    first = train(group, range(8))
+    with mock.patch.object(change_log.TouchLog, "grow", side_effect=FAILURES[0]), pytest.raises(RuntimeError):
+        train(group, range(8, 14))
+    assert group.storage.geometries[0].slots == 16
     first.sum().backward()
     assert read(group, range(8)) == [-1.0] * 8
 
