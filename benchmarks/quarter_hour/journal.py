@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -14,6 +15,10 @@ from typing import Any
 __all__ = ["FAILED", "OK", "SKIPPED", "Journal", "append_line", "read_lines"]
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+#: Of one finding: characters of its reason, of which both ends are kept, and of its figures.
+REASON_CHARS, FIGURES_CHARS = 4000, 64 << 10
+#: Of the file, above which lines have neither: a machine may give back files of 16 MiB at most.
+MOST_BYTES = 12 << 20
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -60,12 +65,40 @@ class Journal:
     def add(
         self, name: str, outcome: str, seconds: float, figures: Mapping[str, Any] | None = None, reason: str = ""
     ) -> None:
-        """One finding. ``reason`` says why it failed or was skipped."""
+        """One finding. ``reason`` says why it failed or was skipped. A full disk, or a terminal that has gone, costs
+        the line, and not the findings to come."""
         record: dict[str, Any] = {"part": self._part, "name": name, "seconds": round(seconds, 2), "outcome": outcome}
-        record |= {"figures": dict(figures)} if figures else {}
-        record |= {"reason": reason} if reason else {}
-        record["at"] = time.strftime("%H:%M:%S")
         with self._lock:
             self.outcomes[outcome] += 1
-            append_line(self._path, record)
-            print(json.dumps(record), flush=True, file=sys.stdout)
+            if self._has_room():
+                record |= {"figures": _clipped_figures(figures)} if figures else {}
+                record |= {"reason": _clipped(reason)} if reason else {}
+            record["at"] = time.strftime("%H:%M:%S")
+            with contextlib.suppress(OSError):
+                append_line(self._path, record)
+            _say(json.dumps(record))
+
+    def _has_room(self) -> bool:
+        try:
+            return self._path.stat().st_size < MOST_BYTES
+        except OSError:
+            return True
+
+
+def _clipped(reason: str) -> str:
+    half = REASON_CHARS // 2
+    return reason if len(reason) <= REASON_CHARS else f"{reason[:half]} [...] {reason[-half:]}"
+
+
+def _clipped_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    chars = len(json.dumps(figures))
+    return dict(figures) if chars <= FIGURES_CHARS else {"left out": f"{chars} characters of figures"}
+
+
+def _say(line: str) -> None:
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:  # nobody reads it any more; what is left in the buffer would fail again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        pass

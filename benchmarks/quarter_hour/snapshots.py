@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tarfile
@@ -37,13 +38,18 @@ class Snapshots:
 
     def _run(self) -> None:
         while not self._ended.wait(self._interval):
-            self._take()
+            self._try()
 
     def finish(self) -> None:
         """The last archive."""
         self._ended.set()
         self._thread.join()
-        self._take()
+        self._try()
+
+    def _try(self) -> None:
+        """An archive, unless the disk is full, say: then the one before stays, and the next one has its turn."""
+        with contextlib.suppress(OSError):
+            self._take()
 
     def _take(self) -> None:
         files = {}
@@ -57,8 +63,11 @@ class Snapshots:
         if files == self._last and self._archive.exists():
             return
         temporary = self._archive.with_name(self._archive.name + ".tmp")
-        self._write(temporary, files)
-        os.replace(temporary, self._archive)
+        try:
+            self._write(temporary, files)
+            os.replace(temporary, self._archive)
+        finally:  # few files are given back, and half an archive should not be one of them
+            temporary.unlink(missing_ok=True)
         self._last = files
 
     def _write(self, path: Path, files: dict[str, tuple[int, int]]) -> None:

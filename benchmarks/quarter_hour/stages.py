@@ -75,7 +75,10 @@ class Session:
     def newly_compiled(self) -> list[str]:
         """Names of the kernels that were compiled since this was asked last: launches that found no compiled one."""
         with self._lock:
-            now = set(self._kernel_cache.glob("*/*.source"))  # which those that were installed do not have
+            try:
+                now = set(self._kernel_cache.glob("*/*.source"))  # which those that were installed do not have
+            except OSError:  # Triton has just removed one of its folders
+                return []
             new, self._known_kernels = now - self._known_kernels, now
         return sorted(file.stem for file in new)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from quarter_hour.__main__ import environment
-from quarter_hour.journal import append_line, read_lines
+from quarter_hour.journal import Journal, append_line, read_lines
+from quarter_hour.snapshots import Snapshots
 from quarter_hour.waves import figures_of
 
 from tests.benchmarks.conftest import BENCHMARKS
@@ -227,6 +228,63 @@ def test_an_interruption_ends_all_and_packs_once_more(tmp_path: Path) -> None:
     assert read_lines(out / "findings.jsonl")[0][-1]["name"] == "part"
     with tarfile.open(out / "part-1.tar.gz") as tar:
         assert "unpack.log" in tar.getnames()
+
+
+def test_a_terminal_that_has_gone_stops_nothing(tmp_path: Path) -> None:
+    process = started(tmp_path, driver("stage('one', 'time.sleep(0.5)'), stage('two', ''), stage('three', '')"))
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(30) == 0
+    names = [record["name"] for record in read_lines(tmp_path / "out" / "findings.jsonl")[0]]
+    assert names == ["one", "two", "three"]
+
+
+def test_a_full_disk_stops_nothing(tmp_path: Path) -> None:
+    """It gets full while the first stage runs, and has room again in the third. Another file system would have to be
+    mounted, so it is a limit on the size of files that is reached."""
+    before = (
+        "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "most = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "class Limiting:\n"
+        "    def __init__(self, limits): self.limits = limits\n"
+        "    def __call__(self, pending, left): resource.setrlimit(resource.RLIMIT_FSIZE, self.limits); return [sys.executable, '-c', '']\n"
+        "(results / 'noise.bin').write_bytes(os.urandom(1 << 16))"
+    )
+    stages = "Stage('first', Limiting(most)), Stage('full', Limiting((0, most[1]))), Stage('after', Limiting(most))"
+    process = started(tmp_path, driver(stages, before=before))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert [json.loads(line)["name"] for line in output.splitlines()] == ["first", "full", "after"]
+    names = [record["name"] for record in read_lines(tmp_path / "out" / "findings.jsonl")[0]]
+    assert names == ["first", "after"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["findings.jsonl", "part.tar.gz"]
+    with tarfile.open(tmp_path / "out" / "part.tar.gz") as tar:
+        assert {"first.log", "after.log", "noise.bin"} <= set(tar.getnames())
+
+
+def test_an_archive_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "one.json").write_text("{}")
+    monkeypatch.setattr("quarter_hour.snapshots._add", fails)
+    Snapshots(tmp_path / "results", tmp_path / "part.tar.gz", 60).finish()
+    assert [file.name for file in tmp_path.iterdir()] == ["results"]
+
+
+def test_findings_stay_below_what_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = Journal(tmp_path / "findings.jsonl", 1)
+    journal.add("long", "failed", 1.0, {"time": 3}, "first" + "x" * 100_000 + "last")
+    journal.add("many", "ok", 1.0, {str(number): number for number in range(100_000)})
+    with (tmp_path / "findings.jsonl").open("ab") as file:
+        file.write(b" " * (12 << 20) + b"\n")
+    journal.add("late", "failed", 1.0, {"time": 3}, "reason")
+    long, many, late = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert long["figures"] == {"time": 3} and len(long["reason"]) < 5000
+    assert long["reason"].startswith("firstx") and long["reason"].endswith("xlast")
+    assert list(many["figures"]) == ["left out"]
+    assert late["outcome"] == "failed" and not {"figures", "reason"} & set(late)
 
 
 def test_half_a_line_is_not_read(tmp_path: Path) -> None:
