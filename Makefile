@@ -119,7 +119,7 @@ endif
 
 # Compiled by the version of Triton on the machine that it is for.
 gpu-bundle: setup $(OLDEST_TRITON) ## make .gpu, what a GPU machine without a network needs; again after a change to a kernel
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python benchmarks/gpu_bundle.py $(if $(BUNDLE_SCRIPT),--script $(BUNDLE_SCRIPT)) $(ARGS)
+	PYTHONPATH="$(CURDIR)/$(OLDEST_TRITON)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python benchmarks/gpu_bundle.py $(if $(BUNDLE_SCRIPT),--script $(BUNDLE_SCRIPT)) $(ARGS)
 
 clean: ## remove .venv and every cache
 	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -5,7 +5,7 @@
     python benchmarks/gpu_bundle.py --script FILE       libraries by another program, called with --out ARCHIVE
 
 Kernels are compiled by the Triton that PYTHONPATH names, which must be the machine's version (make gpu-bundle sees to
-it). Libraries that are there are not made again. The exit status is 1 if the folder exceeds its limit.
+it). Libraries that are there for this GPU are not made again. The exit status is 1 if the folder exceeds its limit.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ WHEELS_BESIDE = (
     "hypothesis", "sortedcontainers", "rich", "pygments", "markdown-it-py", "mdurl", "pyre-extensions",
     "typing-inspect", "mypy-extensions", "portalocker", "tqdm", "cloudpickle",
 )  # fmt: skip
+#: Names the GPU that the libraries are for, when they are whole.
+MADE_FOR = "site.gpu"
 PARTS = ("libraries", "wheels", "kernels")
 
 
@@ -49,16 +51,23 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _libraries(options: argparse.Namespace) -> str:
-    archive = options.output / LIBRARIES
-    if archive.exists():
-        return "made before; remove it to make it again"
+    """The archive, which appears whole or not at all, and beside it the GPU that it is for."""
+    archive, stamp = options.output / LIBRARIES, options.output / MADE_FOR
+    gpu = f"sm_{options.architecture}"
+    if archive.exists() and stamp.exists() and stamp.read_text() == gpu:
+        return f"made before for {gpu}; remove it to make it again"
+    stamp.unlink(missing_ok=True)
+    partial = archive.with_name(f"partial-{archive.name}")
+    partial.unlink(missing_ok=True)
     if options.script is not None:
-        subprocess.run([sys.executable, str(options.script), "--out", str(archive)], check=True)
-        return f"made by {options.script.name}"
-    stayed, went = gpu_libraries.make_archive(archive, options.downloads, options.architecture)
-    return (
-        f"machine code: {stayed / MIB:.0f} MiB for sm_{options.architecture}, {went / MIB:.0f} MiB for others blanked"
-    )
+        subprocess.run([sys.executable, str(options.script), "--out", str(partial)], check=True)
+        said = f"made by {options.script.name}"
+    else:
+        stayed, went = gpu_libraries.make_archive(partial, options.downloads, options.architecture)
+        said = f"machine code: {stayed / MIB:.0f} MiB for {gpu}, {went / MIB:.0f} MiB for others blanked"
+    partial.rename(archive)
+    stamp.write_text(gpu)
+    return said
 
 
 def _wheels(options: argparse.Namespace) -> str:

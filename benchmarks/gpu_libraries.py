@@ -116,7 +116,8 @@ def _change(file: Path, anchor: str, addition: str) -> None:
 
 
 def make_archive(archive: Path, wheels: Path, architecture: int) -> tuple[int, int]:
-    """Fetches, blanks and packs. Takes minutes, and 3 GB of the folder for temporary files.
+    """Fetches, blanks and packs. Takes minutes, and 3 GB of the folder for temporary files. Interrupted, it may leave
+    half an archive.
 
     Returns:
         Bytes of machine code that stayed, and that went.
@@ -131,9 +132,7 @@ def make_archive(archive: Path, wheels: Path, architecture: int) -> tuple[int, i
         sizes = [blanked(library, architecture) for library in sorted((site / "fbgemm_gpu").rglob("*.so"))]
         for library in site.rglob("*.so"):
             subprocess.run(["fallocate", "--dig-holes", str(library)], check=True)
-        partial = archive.with_name(archive.name + ".partial")
         command = ["tar", "--create", "--sparse", "--sort=name", "--mtime=@0", "--owner=0", "--group=0"]
-        command += [f"--use-compress-program={_COMPRESSION}", f"--file={partial.resolve()}", f"--directory={site}"]
+        command += [f"--use-compress-program={_COMPRESSION}", f"--file={archive.resolve()}", f"--directory={site}"]
         subprocess.run([*command, *sorted(path.name for path in site.iterdir())], check=True)
-        partial.rename(archive)
     return sum(stayed for stayed, _ in sizes), sum(went for _, went in sizes)

@@ -22,6 +22,10 @@ __all__ = ["KERNELS", "LIBRARIES", "WHEELS", "main"]
 LIBRARIES, KERNELS, WHEELS = "site.tar.xz", "kernels.tar.xz", "wheels"
 
 
+class _OtherVersionError(Exception):
+    """The archive is for another version of a library than this one."""
+
+
 def _unpack_libraries(archive: Path, folder: Path) -> dict[str, Any]:
     if folder.exists():
         return {"unpacked before": str(folder)}
@@ -34,13 +38,18 @@ def _unpack_libraries(archive: Path, folder: Path) -> dict[str, Any]:
 
 
 def _install_kernels(archive: Path, folder: Path) -> dict[str, Any]:
-    from .kernel_cache import install  # imports Triton
+    from .kernel_cache import OtherTritonError, install  # imports Triton
 
-    return vars(install(archive))
+    try:
+        return vars(install(archive))
+    except OtherTritonError as error:
+        raise _OtherVersionError(str(error)) from error
 
 
 def _unpack_wheels(wheels: Path, folder: Path) -> dict[str, Any]:
     """Those of which a module cannot be found: the machine's own come first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(folder.name + ".partial")
     needed = []
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as content:
@@ -48,8 +57,15 @@ def _unpack_wheels(wheels: Path, folder: Path) -> dict[str, Any]:
             modules = [top for top in tops if top.isidentifier()] or [wheel.name.partition("-")[0]]
             if all(importlib.util.find_spec(module) for module in modules):
                 continue
-            content.extractall(folder)
-            needed.append(wheel.name)
+            shutil.rmtree(partial, ignore_errors=True)
+            content.extractall(partial)
+        # The modules last: once they are found, the wheel is taken for whole.
+        for path in sorted(partial.iterdir(), key=lambda path: path.stem in modules):
+            if (folder / path.name).is_dir():  # of a part that was killed before it came to the modules
+                shutil.rmtree(folder / path.name)
+            os.replace(path, folder / path.name)
+        partial.rmdir()
+        needed.append(wheel.name)
     return {"missing here": needed}
 
 
@@ -65,6 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("names", nargs="+", choices=tuple(_UNPACK))
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where libraries and wheels go")
+    parser.add_argument("--dry-run", action="store_true", help="leave kernels for another Triton where they are")
     parser.add_argument("--findings", type=Path, required=True, metavar="FILE")
     options = parser.parse_args(arguments)
     for name in options.names:
@@ -74,6 +91,9 @@ def main(arguments: Sequence[str]) -> int:
         if archive.exists():
             try:
                 record = {"outcome": OK, "figures": unpack(archive, options.work / name)}
+            except _OtherVersionError as error:
+                # A dry run on a CPU needs no compiled kernels, nor the machine's version.
+                record = {"outcome": SKIPPED if options.dry_run else FAILED, "reason": str(error)}
             except Exception as error:
                 record = {"outcome": FAILED, "reason": f"{type(error).__name__}: {error}"}
         append_line(options.findings, {"name": name, "seconds": round(time.perf_counter() - start, 2), **record})

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import struct
+import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -72,6 +76,36 @@ def test_the_folder_has_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "made before" in shown and "1.0 MiB of at most 0.9" in shown
 
 
+def test_half_an_archive_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a program that dies while it writes, and then by one that does not."""
+    script, archive = tmp_path / "script.py", tmp_path / "bundle" / "site.tar.xz"
+    arguments = ["--output", str(archive.parent), "--only", "libraries", "--script", str(script)]
+    writes = "import sys; open(sys.argv[sys.argv.index('--out') + 1], 'wb').write(b'half'); "
+    script.write_text(writes + "sys.exit(1)")
+    with pytest.raises(subprocess.CalledProcessError):
+        gpu_bundle.main(arguments)
+    assert not archive.exists()
+    script.write_text(writes)
+    assert gpu_bundle.main(arguments) == 0 and archive.read_bytes() == b"half"
+    assert "made by" in capsys.readouterr().out
+
+
+def test_libraries_for_another_gpu_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(archive: Path, downloads: Path, architecture: int) -> tuple[int, int]:
+        archive.write_text(str(architecture))
+        return 0, 0
+
+    monkeypatch.setattr(gpu_libraries, "make_archive", make)
+    arguments = ["--output", str(tmp_path), "--only", "libraries"]
+    for architecture in ("90", "100"):
+        for said in ("machine code", "made before"):
+            gpu_bundle.main([*arguments, "--architecture", architecture])
+            assert said in capsys.readouterr().out
+            assert (tmp_path / "site.tar.xz").read_text() == architecture
+
+
 def test_a_module_that_is_there_is_not_unpacked_again(tmp_path: Path) -> None:
     wheels, work, lines = tmp_path / "wheels", tmp_path / "work", tmp_path / "lines.jsonl"
     wheels.mkdir()
@@ -85,3 +119,45 @@ def test_a_module_that_is_there_is_not_unpacked_again(tmp_path: Path) -> None:
     assert second["outcome"] == "skipped" and "site.tar.xz" in second["reason"]
     assert [path.name for path in (work / "wheels").iterdir()] == ["no_such_module"]
     assert json.loads(lines.read_text().splitlines()[0]) == first and "no_such_module" not in sys.modules
+
+
+def test_half_a_wheel_is_unpacked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed within it: nothing is found that is not whole."""
+    wheels, work = tmp_path / "wheels", tmp_path / "wheels-there"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "half_a_module-1.0-py3-none-any.whl", "w") as wheel:
+        for name in ("half_a_module/__init__.py", "half_a_module/rest.py", "half_a_module-1.0.dist-info/METADATA"):
+            wheel.writestr(name, "version = 1")
+    monkeypatch.syspath_prepend(str(work))
+
+    def killed(self: zipfile.ZipFile, folder: Path) -> None:
+        self.extract("half_a_module/__init__.py", folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extractall", killed)
+        with pytest.raises(KeyboardInterrupt):
+            unpack._unpack_wheels(wheels, work)
+    (work / "half_a_module-1.0.dist-info").mkdir()  # killed again, between the moves
+    importlib.invalidate_caches()
+    assert unpack._unpack_wheels(wheels, work) == {"missing here": ["half_a_module-1.0-py3-none-any.whl"]}
+    assert {path.name for path in work.rglob("*")} == {
+        "half_a_module", "__init__.py", "rest.py", "half_a_module-1.0.dist-info", "METADATA",
+    }  # fmt: skip
+    importlib.invalidate_caches()
+    assert unpack._unpack_wheels(wheels, work) == {"missing here": []}
+
+
+@pytest.mark.parametrize(("dry", "outcome"), [([], "failed"), (["--dry-run"], "skipped")])
+def test_kernels_for_another_triton(dry: list[str], outcome: str, tmp_path: Path) -> None:
+    """A dry run on a CPU needs none; a GPU should have had them."""
+    with tarfile.open(tmp_path / "kernels.tar.xz", "w:xz") as tar:
+        content = json.dumps({"triton": "0.0.1", "build": "", "entries": []}).encode()
+        member = tarfile.TarInfo("manifest.json")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    lines = tmp_path / "lines.jsonl"
+    folders = ["--bundle", str(tmp_path), "--work", str(tmp_path / "work"), "--findings", str(lines)]
+    assert unpack.main(["kernels", *folders, *dry]) == 0
+    (line,) = read_lines(lines)[0]
+    assert line["outcome"] == outcome and "compiled by Triton 0.0.1" in line["reason"]
