@@ -27,10 +27,11 @@ MIB = 1 << 20
 #: What travels has 64 MiB in all, the sources included.
 LIMIT_MIB = 55.0
 #: Imported by the tests and benchmarks, and installed on the machine only if it lacks them: the runner of tests needs
-#: hypothesis (and it sortedcontainers), tables on a terminal rich (and it the next three), TorchRec the others.
+#: hypothesis (and it sortedcontainers), tables on a terminal rich (and it the next three), torchmetrics
+#: lightning-utilities, TorchRec the others.
 WHEELS_BESIDE = (
-    "hypothesis", "sortedcontainers", "rich", "pygments", "markdown-it-py", "mdurl", "pyre-extensions",
-    "typing-inspect", "mypy-extensions", "portalocker", "tqdm", "cloudpickle",
+    "hypothesis", "sortedcontainers", "rich", "pygments", "markdown-it-py", "mdurl", "lightning-utilities",
+    "pyre-extensions", "typing-inspect", "mypy-extensions", "portalocker", "tqdm", "cloudpickle",
 )  # fmt: skip
 #: Names the GPU that the libraries are for, when they are whole.
 MADE_FOR = "site.gpu"

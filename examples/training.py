@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Optional
 
-import criteo_files
 import generated_rows
 import torch
 import torch.distributed as dist
@@ -73,15 +74,19 @@ def run(options: DemoOptions, ranks: Ranks) -> None:
 
 def load(options: DemoOptions) -> tuple[RowRange, RowRange]:
     """Rows to train on and rows to evaluate on."""
-    if options.data:
-        source = criteo_files.open_files(options.data)
-    else:
-        source = generated_rows.generate(options.rows, options.seed)
+    source = _files(options.data) if options.data else generated_rows.generate(options.rows, options.seed)
     if options.eval_data:
-        return _whole(source), _whole(criteo_files.open_files(options.eval_data))
+        return _whole(source), _whole(_files(options.eval_data))
     if source.num_rows < 2:
         raise DataError("one row cannot be both trained on and held out; give more rows, or --eval-data")
     return split_tail(source)
+
+
+def _files(paths: Sequence[Path]) -> RowSource:
+    # A generated log needs no pyarrow, which reads files.
+    import criteo_files
+
+    return criteo_files.open_files(paths)
 
 
 def _whole(source: RowSource) -> RowRange:

@@ -107,6 +107,14 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     assert first == second
 
 
+def test_a_generated_log_needs_no_pyarrow(tmp_path):
+    program = "import runpy, sys; sys.modules['pyarrow'] = None; sys.path.insert(0, 'examples'); "
+    program += "runpy.run_path('examples/train_criteo.py', run_name='__main__')"
+    finished = _run(["-c", program], "--rows", 200, "--summary", tmp_path / "summary.json")
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["rows"] == 180
+
+
 @pytest.mark.gpu
 def test_generated_log_on_one_gpu(tmp_path):
     summary = _summary(1, tmp_path / "summary.json", "--rows", 4000, gpus="0")
