@@ -17,8 +17,9 @@ from .journal import FAILED, OK, append_line
 
 __all__ = ["CHECKS", "main"]
 
-#: Modules that the stages need, the ones that may be missing last.
-MODULES = ("torch", "triton", "numpy", "numba", "rich", "pytest", "xdist", "hypothesis", "fbgemm_gpu", "torchrec")
+#: Modules that the stages need, and those without which a part of them is skipped or fails.
+NEEDED = ("torch", "triton", "numpy", "numba", "rich", "pytest", "xdist", "hypothesis")
+MODULES = (*NEEDED, "fbgemm_gpu", "torchrec", "torchmetrics.functional", "pyarrow")
 TOOLS = ("compute-sanitizer", "ncu", "nvidia-smi", "gcc")
 _CUDA = Path("/usr/local/cuda/bin")
 
@@ -43,6 +44,7 @@ def device() -> dict[str, Any]:
 def imports() -> dict[str, Any]:
     """Versions of what is imported; a module that fails is named, and the others are tried all the same."""
     result: dict[str, Any] = {}
+    missing = []
     for name in MODULES:
         start = time.perf_counter()
         try:
@@ -50,8 +52,8 @@ def imports() -> dict[str, Any]:
             result[name] = f"{getattr(module, '__version__', 'there')}, {time.perf_counter() - start:.1f} s"
         except BaseException as error:
             result[name] = f"{type(error).__name__}: {error}"
-    missing = [name for name in ("torch", "triton", "numba") if name not in sys.modules]
-    if missing:
+            missing.append(name)
+    if not set(missing).isdisjoint(NEEDED):
         raise ImportError(f"{missing}: {result}")
     return result
 

@@ -12,6 +12,7 @@ from .stages import Stage
 
 __all__ = ["SECONDS", "Place", "background", "stages"]
 
+ROOT = Path(__file__).resolve().parents[2]
 #: Of each part, if nothing else is asked for. With starting and giving back a machine they are a quarter of an hour.
 SECONDS = {1: 300.0, 2: 240.0, 3: 240.0}
 #: What starting Python, importing the libraries and writing take of a stage that keeps to a time of its own.
@@ -46,10 +47,8 @@ def background(part: int, place: Place) -> list[Stage]:
 
 def stages(part: int, place: Place) -> list[Stage]:
     """One after the other."""
-    unpack = Stage(
-        "unpack", _module("unpack", "--bundle", str(place.bundle), "--work", str(place.work)),
-        ("kernels", "wheels", "libraries"), seconds=90,
-    )  # fmt: skip
+    given = ["--bundle", str(place.bundle), "--work", str(place.work), *_dry(place)]
+    unpack = Stage("unpack", _module("unpack", *given), ("kernels", "wheels", "libraries"), seconds=90)
     return [unpack, *{1: _first, 2: _second, 3: _third}[part](place)]
 
 
@@ -89,8 +88,8 @@ def _third(place: Place) -> list[Stage]:
 
 
 def _smoke(place: Place) -> Stage:
-    """Each kernel on small inputs against the CPU engine; the files are independent, a crash ends one of them."""
-    kernels = sorted(str(file) for file in Path("tests/kernels").glob("test_triton_*.py"))
+    """Each kernel on small inputs against the CPU engine; a crash ends one of the workers, which is replaced."""
+    kernels = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests/kernels").glob("test_triton_*.py"))
     if place.dry:
         kernels = [f"tests/kernels/test_triton_{name}.py" for name in ("hashing", "tally")]
         return _tests("smoke", ["--each-test", "1", *kernels], 60, INTERPRETED)
@@ -100,7 +99,8 @@ def _smoke(place: Place) -> Stage:
 def _tests(name: str, arguments: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> Stage:
     def command(pending: tuple[str, ...], left: float) -> list[str]:
         plugins = ["-p", "no:cacheprovider", "-p", "quarter_hour.pytest_findings"]
-        return [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
+        # A module that cannot be imported is a finding, and the others have their turn.
+        return [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *plugins, *arguments]
 
     return Stage(name, command, seconds=seconds, silence_seconds=seconds, environment=environment or {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,15 +11,19 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from quarter_hour import checks, parts, warm
 from quarter_hour.__main__ import environment
 from quarter_hour.journal import Journal, append_line, read_lines
 from quarter_hour.snapshots import Snapshots
 from quarter_hour.waves import figures_of
 
+from dynamicemb.kernels.layout import OptimizerKind
 from tests.benchmarks.conftest import BENCHMARKS
+from tests.gpu import life
 from tests.processes import kill_tree, python_path
 
 ROOT = BENCHMARKS.parent
@@ -330,7 +335,7 @@ def test_what_was_on_the_path_stays_on_it(monkeypatch: pytest.MonkeyPatch, tmp_p
 TESTS = """
 import pytest
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_first(number): assert number < 3
+def test_first(number): assert number > 1
 def test_second(): assert 1 == 2, "one is not two"
 @pytest.mark.skip(reason="not here")
 def test_third(): pass
@@ -348,10 +353,90 @@ def test_tests_are_reported_as_they_end(tmp_path: Path) -> None:
     assert outcomes(records) == {
         f"test_{file}.py::test_{name}": outcome
         for file in "ab"
-        for name, outcome in {"first[1]": "ok", "first[2]": "ok", "second": "failed", "third": "skipped"}.items()
+        for name, outcome in {"first[2]": "ok", "first[3]": "ok", "second": "failed", "third": "skipped"}.items()
     }
     assert "one is not two" in records["test_a.py::test_second"]["reason"]
     assert "not here" in records["test_a.py::test_third"]["reason"]
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "worker"])
+def test_a_module_that_cannot_be_imported_is_a_finding(workers: list[str], tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("import no_such_module")
+    (tmp_path / "test_b.py").write_text("import pytest; pytest.skip('not here', allow_module_level=True)")
+    (tmp_path / "test_c.py").write_text("def test_one(): pass")
+    records = records_of(tmp_path, workers)
+    assert outcomes(records) == {"test_a.py": "failed", "test_b.py": "skipped", "test_c.py::test_one": "ok"}
+    assert "no_such_module" in records["test_a.py"]["reason"]
+    assert "not here" in records["test_b.py"]["reason"]
+
+
+def records_of(folder: Path, arguments: list[str]) -> dict[str, dict[str, Any]]:
+    """First findings by name of the tests in ``folder``, run as a stage runs them."""
+    command = parts._tests("name", arguments, 60).command((), 60.0)
+    process = started(folder, [*command, "--findings", "lines.jsonl"])
+    process.communicate(timeout=60)
+    records = read_lines(folder / "lines.jsonl")[0]
+    return {record["name"]: record for record in reversed(records)}
+
+
+BREAKS = """
+import os, sys, types
+class Cuda:
+    broken = False
+    def is_initialized(self): return True
+    def synchronize(self):
+        if self.broken: raise RuntimeError("an illegal memory access was encountered")
+cuda = Cuda()
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+def test_first(): assert 1 == 2, "one is not two"
+def test_second():
+    assert os.environ["PYTEST_XDIST_WORKER"] == "gw0", "nothing was wrong with the worker of the first"
+    cuda.broken = True
+    raise RuntimeError("illegal access of the second")
+def test_third(): cuda.synchronize()
+def test_fourth(): cuda.synchronize()
+"""
+
+
+def test_a_worker_whose_gpu_is_broken_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text(BREAKS)
+    records = records_of(tmp_path, ["-n", "1"])
+    assert outcomes(records) == {
+        "test_a.py::test_first": "failed", "test_a.py::test_second": "failed", "test_a.py::test_third": "ok",
+        "test_a.py::test_fourth": "ok",
+    }  # fmt: skip
+    assert "illegal access of the second" in records["test_a.py::test_second"]["reason"]
+
+
+def test_all_kernels_are_tried_wherever_it_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = parts.Place(bundle=tmp_path, work=tmp_path, results=tmp_path, dry=False)
+    (smoke,) = (stage for stage in parts.stages(1, place) if stage.name == "smoke")
+    files = [word for word in smoke.command((), 60.0) if word.startswith("tests/kernels/test_triton_")]
+    assert "tests/kernels/test_triton_table.py" in files and all((ROOT / file).is_file() for file in files)
+
+
+def test_after_a_crash_the_cpu_engine_is_compiled_for_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lived = []
+    monkeypatch.setattr(life, "live", lambda case, scale: lived.append(case.optimizer))
+    assert warm.main(["adagrad", "rowwise_adagrad", "--findings", str(tmp_path / "lines.jsonl")]) == 0
+    assert lived == [OptimizerKind.ADAGRAD, OptimizerKind.ROWWISE_ADAGRAD]
+    assert [line["name"] for line in read_lines(tmp_path / "lines.jsonl")[0]] == ["adagrad", "rowwise_adagrad"]
+
+
+@pytest.mark.parametrize(("absent", "needed"), [("rich", True), ("hypothesis", True), ("pyarrow", False)])
+def test_what_the_stages_need_must_be_there(absent: str, needed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def imported(name: str) -> ModuleType:
+        if name == absent:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return ModuleType(name)
+
+    monkeypatch.setattr(checks.importlib, "import_module", imported)
+    with pytest.raises(ImportError, match=f"No module named '{absent}'") if needed else contextlib.nullcontext():
+        versions = checks.imports()
+        assert absent in versions and "torchmetrics.functional" in versions
 
 
 PROFILED = """==PROF== Connected to process 7
