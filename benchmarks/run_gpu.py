@@ -7,7 +7,8 @@
 The ceilings of the device come first, whatever else is asked for: expectations are made of them. A topic first checks
 that what it times computes the right thing, and reports nothing if it does not. Each topic has a share of the time;
 what did not fit is named in its results, which are written as soon as it ends. The exit status is 1 if a check failed
-or a part ended in an error, 2 if there is no GPU, and 0 otherwise, whether or not the targets are met.
+or a part ended in an error, 2 if there is no GPU, 75 if the device answers no more, which ends the run after that
+topic, and 0 otherwise, whether or not the targets are met.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ from gpu.topic import Context, Outcome, run_topic
 from host import Accelerator, Host, OtherLoad
 from output import QUIET_CORES_BESIDE_GPU, Run, show, write
 from processes import quieten_libraries
-from quarter_hour.journal import FAILED, OK, append_line
+from quarter_hour.journal import FAILED, OK, START_ANEW, append_line
 from rich.console import Console
 from run import PIPED_WIDTH
 
@@ -88,10 +90,19 @@ def _outcome(name: str, context: Context, deadline: float) -> Outcome:
     return run_topic(topic, context.device, deadline)
 
 
-def _line(outcome: Outcome) -> dict[str, Any]:
-    """What became of a topic, for a program that waits for it."""
+def _lost(device: Device) -> str:
+    """Why nothing can run on it any more; nothing if it can. After an invalid access every call of a process fails."""
+    try:
+        device.synchronize()
+    except Exception as error:
+        return f"the device was lost: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
+
+
+def _line(outcome: Outcome, lost: str) -> dict[str, Any]:
+    """What became of a topic, and of the device by it, for a program that waits for it."""
     if outcome.findings is None:
-        return {"outcome": FAILED, "reason": outcome.refused}
+        return {"outcome": FAILED, "reason": "; ".join(filter(None, [outcome.refused, lost]))}
     figures = {
         figure.name: {
             "median": figure.measured.median,
@@ -101,9 +112,10 @@ def _line(outcome: Outcome) -> dict[str, Any]:
         }
         for figure in outcome.findings.figures
     }
-    line: dict[str, Any] = {"outcome": FAILED if outcome.errors else OK, "figures": figures}
-    if outcome.findings.left_out:
-        line["reason"] = "; ".join(f"{part}: {reason}" for part, reason in outcome.findings.left_out.items())
+    line: dict[str, Any] = {"outcome": FAILED if outcome.errors or lost else OK, "figures": figures}
+    left_out = [f"{part}: {reason}" for part, reason in outcome.findings.left_out.items()]
+    if left_out or lost:
+        line["reason"] = "; ".join(filter(None, [*left_out, lost]))
     return line
 
 
@@ -118,6 +130,7 @@ class Session:
         folder: where results are written; None: nowhere.
         lines: where a line is appended for each topic; None: nowhere.
         failed: topics that are not reported, and parts that ended in an error.
+        lost: why nothing can run on the device any more; nothing if it can.
     """
 
     context: Context
@@ -127,15 +140,17 @@ class Session:
     folder: Optional[Path]
     lines: Optional[Path] = None
     failed: list[str] = field(default_factory=list)
+    lost: str = ""
 
     def run(self, name: str, deadline: float) -> None:
         """Measures, shows and writes one topic."""
         start, others = time.perf_counter(), OtherLoad()
         outcome = _outcome(name, self.context, deadline)
+        self.lost = _lost(self.context.device)
         seconds, other_cores = time.perf_counter() - start, others.cores()
         self._show(name, outcome, other_cores)
         if self.lines is not None:
-            append_line(self.lines, {"name": name, "seconds": round(seconds, 2), **_line(outcome)})
+            append_line(self.lines, {"name": name, "seconds": round(seconds, 2), **_line(outcome, self.lost)})
         if self.folder is None:
             return
         result = Run(
@@ -163,6 +178,8 @@ class Session:
         for part, error in outcome.errors.items():
             self.failed.append(f"{name}: {part}")
             print(f"{name}: {part}\n{error}", file=sys.stderr)
+        if self.lost:
+            self.failed.append(f"{name}: {self.lost}")
 
 
 def _device(dry: bool) -> Optional[Device]:
@@ -191,10 +208,19 @@ def main(arguments: Sequence[str], device: Optional[Device] = None) -> int:
     names = [name for name in SHARES if options.only is None or name in ("ceilings", *options.only)]
     for name, deadline in deadlines(names, start, options.seconds).items():
         session.run(name, deadline)
+        if session.lost:
+            break
     if session.failed:
         session.console.print(f"failed: {'; '.join(session.failed)}", style="red", markup=False)
+    if session.lost:
+        return START_ANEW
     return 1 if session.failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status == START_ANEW:  # destructors that call a lost device may end the process with a status of their own
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FAILED", "OK", "SKIPPED", "Journal", "append_line", "read_lines"]
+__all__ = ["FAILED", "OK", "SKIPPED", "START_ANEW", "Journal", "append_line", "read_lines"]
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+#: Exit status of a process that can find nothing more itself, through no fault of what was to come: it lost the device.
+START_ANEW = 75
 #: Of one finding: characters of its reason, of which both ends are kept, and of its figures.
 REASON_CHARS, FIGURES_CHARS = 4000, 64 << 10
 #: Of the file, above which lines have neither: a machine may give back files of 16 MiB at most.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .journal import FAILED, OK, SKIPPED, Journal, read_lines
+from .journal import FAILED, OK, SKIPPED, START_ANEW, Journal, read_lines
 from .processes import end, kill_orphans, reap, start, tail
 
 __all__ = ["Session", "Stage", "run_stage"]
@@ -29,7 +29,8 @@ class Stage:
         command: from the names of the findings that are still to come, and the seconds that are left for them, to a
             command line. ``--findings FILE`` is added: the process appends a line of JSON for each finding to the file.
         findings: names of those that the process makes, in order. If it dies or hangs, it is started anew for those
-            after the one that it died in. None are known before for a run of pytest.
+            after the one that it died in, or for all that are left if it ended with :data:`START_ANEW`. None are known
+            before for a run of pytest.
         seconds: for all of it.
         silence_seconds: without a finding, after which it hangs.
         least_seconds: below which it is not begun.
@@ -116,7 +117,8 @@ class _Attempt:
         self.log = session.results / f"{stage.name}.log"
         file = session.results / f"{stage.name}.{number}.jsonl"
         command = [*stage.command(tuple(pending), left), "--findings", str(file)]
-        self._stage, self._session, self._pending, self._file, self._read = stage, session, pending, file, 0
+        self._stage, self._session, self._file, self._read = stage, session, file, 0
+        self._pending, self._given = pending, len(pending)
         self.began = self._heard = time.monotonic()
         self._limit = self.began + left
         self._process = session.start(command, self.log, stage.environment)
@@ -133,6 +135,11 @@ class _Attempt:
     @property
     def out_of_time(self) -> bool:
         return time.monotonic() >= self._limit or self._session.left() <= 0
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether another process should find the rest. One that has found nothing would be started for ever."""
+        return self._process.returncode == START_ANEW and len(self._pending) < self._given
 
     def since_heard(self) -> float:
         return time.monotonic() - self._heard
@@ -192,6 +199,8 @@ def _attempts(stage: Stage, session: Session, began: float) -> tuple[str, str]:
             if ended and not stage.findings:
                 return unfinished, f"{ended}\n{tail(attempt.log)}"
             return (outcome, reason) if outcome != OK else (OK, ended)
+        if attempt.hands_over:
+            continue
         outcome, reason = unfinished, ended or "it ended without this finding"
         session.journal.add(
             f"{stage.name}: {pending.pop(0)}", outcome, attempt.since_heard(), reason=f"{reason}\n{tail(attempt.log)}"

@@ -98,6 +98,50 @@ def test_what_is_not_reported_is_named_and_changes_the_status(
     assert f"Not reported: {said}" in file.read_text()
 
 
+@pytest.mark.parametrize("noticed", [True, False])
+def test_a_lost_device_ends_the_run_with_a_status_of_its_own(
+    noticed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a case has waited for the work that lost it or not."""
+
+    class Losing(PretendedGpu):
+        lost = False
+
+        def synchronize(self) -> None:
+            if self.lost:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with")
+
+        def free_bytes(self) -> int:
+            self.synchronize()
+            return super().free_bytes()
+
+    device = Losing()
+
+    def topic(context: Context) -> Topic:
+        def run(deadline: float) -> Measured:
+            device.lost = True
+            if noticed:
+                device.synchronize()
+            return Measured([Figure("time", "ms", Spread.exact(1.0))])
+
+        whole = Case("whole", lambda deadline: Measured([Figure("before", "ms", Spread.exact(2.0))]), 0)
+        return Topic("dedup", "Title", "Setup.", "Check.", [whole, Case("losing", run, 0)])
+
+    def never(context: Context) -> Topic:
+        raise AssertionError("the device is lost")
+
+    monkeypatch.setattr("gpu.dedup.topic", topic)
+    monkeypatch.setattr("gpu.model.topic", never)
+    file = tmp_path / "lines.jsonl"
+    arguments = ["--dry-run", "--only", "dedup", "--only", "model", "--output", str(tmp_path / "results")]
+    assert run_gpu.main([*arguments, "--findings", str(file)], device) == 75
+    lines = {line["name"]: line for line in map(json.loads, file.read_text().splitlines())}
+    assert list(lines) == ["ceilings", "dedup"]
+    assert lines["dedup"]["outcome"] == "failed" and lines["dedup"]["figures"]["before"]["median"] == 2.0
+    assert "lost: RuntimeError: CUDA error: an illegal memory access was encountered" in lines["dedup"]["reason"]
+    assert len([*(tmp_path / "results").glob("dedup-*")]) == 2
+
+
 def test_time_that_one_topic_leaves_belongs_to_the_next() -> None:
     deadlines = run_gpu.deadlines(list(run_gpu.SHARES), 100.0, 450.0)
     assert deadlines["ceilings"] == pytest.approx(100 + run_gpu.SHARES["ceilings"])

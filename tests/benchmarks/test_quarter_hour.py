@@ -132,6 +132,21 @@ def test_what_crashes_is_started_anew_for_the_rest(tmp_path: Path) -> None:
     assert f"ended by signal {int(signal.SIGSEGV)}" in findings["crashes: two"]["reason"]
 
 
+def test_a_lost_device_costs_no_more_than_the_finding_that_lost_it(tmp_path: Path) -> None:
+    """The status asks for a new process, unless there would be no end of them."""
+    loses = (
+        "for name in sys.argv[1:-2]:\n"
+        "    if name == 'three': sys.exit(75)\n"
+        "    say(name, 'failed' if name == 'one' else 'ok')\n"
+        "    if name == 'one': sys.exit(75)"
+    )
+    findings = found(tmp_path, f"stage('loses', {loses!r}, ('one', 'two', 'three', 'four'))")
+    assert outcomes(findings) == {
+        "loses: one": "failed", "loses: two": "ok", "loses: three": "failed", "loses: four": "ok", "loses": "failed",
+    }  # fmt: skip
+    assert "exit status 75" in findings["loses: three"]["reason"]
+
+
 def test_what_cannot_be_imported_or_started_is_a_finding(tmp_path: Path) -> None:
     no_program = "Stage('none', lambda pending, left: ['./no-such-program'])"
     findings = found(tmp_path, f"stage('fails', 'import no_such_module'), {no_program}, stage('next', '')")
@@ -252,7 +267,9 @@ def test_a_full_disk_stops_nothing(tmp_path: Path) -> None:
         "most = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
         "class Limiting:\n"
         "    def __init__(self, limits): self.limits = limits\n"
-        "    def __call__(self, pending, left): resource.setrlimit(resource.RLIMIT_FSIZE, self.limits); return [sys.executable, '-c', '']\n"
+        "    def __call__(self, pending, left):\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)\n"
+        "        return [sys.executable, '-c', '']\n"
         "(results / 'noise.bin').write_bytes(os.urandom(1 << 16))"
     )
     stages = "Stage('first', Limiting(most)), Stage('full', Limiting((0, most[1]))), Stage('after', Limiting(most))"
