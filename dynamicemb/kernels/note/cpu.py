@@ -9,7 +9,7 @@ import torch
 
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
 from dynamicemb.kernels.insert import Insertion
-from dynamicemb.kernels.numba_support import kernel, parallel_for
+from dynamicemb.kernels.numba_support import inline, kernel, parallel_for
 from dynamicemb.kernels.tally import TALLY_TILE
 from dynamicemb.kernels.views import EvictionView, KeyStatus, TouchView, UniqueKeys
 
@@ -19,12 +19,16 @@ _TILE = np.int64(TALLY_TILE)
 _NOWHERE, _NO_BASES = np.empty(0, np.int32), np.empty(0, np.int64)
 
 
-@kernel
-def _note_touches(start, stop, slots, tick, touches, bases):
-    now = np.int32(tick[0])
+@inline
+def _touch(start, stop, slots, now, touches, bases):
     for u in range(start, stop):
         if slots[u] >= 0:
             touches[bases[chunk_of(slots[u])] + offset_of(slots[u])] = now
+
+
+@kernel
+def _note_touches(start, stop, slots, tick, touches, bases):
+    _touch(start, stop, slots, np.int32(tick[0]), touches, bases)
 
 
 @kernel
@@ -34,9 +38,7 @@ def _note(
 ):  # fmt: skip
     now, size = np.int32(tick[0]), ring_keys.size
     if touches.size > 0:
-        for u in range(start, stop):
-            if slots[u] >= 0:
-                touches[bases[chunk_of(slots[u])] + offset_of(slots[u])] = now
+        _touch(start, stop, slots, now, touches, bases)
     total = evicted.sum()
     if total == 0:
         return
