@@ -192,7 +192,8 @@ def update(
     # 96, an SM has 20 warps of it there instead of 24.
     hungry = adam and rows == _THREADS and layout.embedding_dtype is not torch.float32
     ampere = _HUNGRY_REGISTERS_AMPERE if hungry else None
-    options = LaunchOptions(row_warps(layout.dim, warps=_WARPS), registers, False, maxnreg_ampere=ampere)
+    warps = row_warps(layout.dim, warps=_WARPS)
+    options = LaunchOptions(warps, registers, enable_fp_fusion=False, maxnreg_ampere=ampere)
     launch(
         _update_kernel, grid_stride_programs(triton.cdiv(entries, rows), slots, options), view.addresses, unique.count,
         slots, unique.order, unique.offsets, float_view(gradients), block_sums,
