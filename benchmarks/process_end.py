@@ -1,4 +1,4 @@
-"""How many processes abort at their very end, after their work is done; see ``dynamicemb/shard/gloo.py``.
+"""How many processes abort at their very end, after their work is done; see ``dynamicemb/planner/gloo.py``.
 
     python benchmarks/process_end.py training statistics --processes 200 --busy-loops 2
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 WORLD_SIZE = 2
 STEPS = 3
+TABLES = ["item", "country"]
 ABORTED = "terminate called without an active exception"
 TIMEOUT_SECONDS = 300
 
@@ -45,8 +46,25 @@ def reduce_and_destroy(folder: str) -> None:
     dist.destroy_process_group()
 
 
+def refused(folder: str) -> None:
+    """The only collective brings the planner's error to all ranks. Ends with exit code 1 and a traceback."""
+    _model(num_embeddings=10**12)
+
+
 def train(folder: str) -> nn.Module:
-    """A model with a dynamic and a static table, sharded over both ranks, and a few steps of it."""
+    """A few steps of a model with a dynamic and a static table."""
+    model = _model(num_embeddings=1024)
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    for step in range(STEPS):
+        features = KeyedJaggedTensor(keys=TABLES, values=torch.arange(64) + 16 * step, lengths=torch.full((16,), 4))
+        rows = model(features).wait()
+        torch.cat([rows[name].values() for name in TABLES]).sum().backward()
+    return model
+
+
+def _model(num_embeddings: int) -> nn.Module:
+    """A dynamic and a static table, sharded over both ranks."""
     from processes import quieten_libraries
 
     quieten_libraries()
@@ -56,14 +74,15 @@ def train(folder: str) -> nn.Module:
     from torchrec.modules.embedding_configs import EmbeddingConfig
     from torchrec.modules.embedding_modules import EmbeddingCollection
     from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
     from dynamicemb import DynamicEmbTableOptions
     from dynamicemb.planner import DynamicEmbeddingShardingPlanner, DynamicEmbParameterConstraints
     from dynamicemb.shard import DynamicEmbeddingCollectionSharder
 
-    names = ["item", "country"]
-    tables = [EmbeddingConfig(name=name, num_embeddings=1024, embedding_dim=8, feature_names=[name]) for name in names]
+    tables = [
+        EmbeddingConfig(name=name, num_embeddings=num_embeddings, embedding_dim=8, feature_names=[name])
+        for name in TABLES
+    ]
     module = EmbeddingCollection(tables=tables, device=torch.device("meta"))
     apply_optimizer_in_backward(torch.optim.SGD, module.parameters(), {"lr": 0.1})
     constraints = {
@@ -74,12 +93,7 @@ def train(folder: str) -> nn.Module:
     planner = DynamicEmbeddingShardingPlanner(topology=topology, constraints=constraints, debug=False)
     sharders = [DynamicEmbeddingCollectionSharder()]
     plan = planner.collective_plan(module, sharders, dist.group.WORLD)
-    model = DistributedModelParallel(module, device=torch.device("cpu"), plan=plan, sharders=sharders)
-    for step in range(STEPS):
-        features = KeyedJaggedTensor(keys=names, values=torch.arange(64) + 16 * step, lengths=torch.full((16,), 4))
-        rows = model(features).wait()
-        torch.cat([rows[name].values() for name in names]).sum().backward()
-    return model
+    return DistributedModelParallel(module, device=torch.device("cpu"), plan=plan, sharders=sharders)
 
 
 def train_and_destroy(folder: str) -> None:
@@ -112,6 +126,7 @@ CASES: dict[str, tuple[Callable[[str], object], str]] = {
     "training-destroy": (train_and_destroy, "training, then `destroy_process_group()`"),
     "statistics": (statistics_last, "training, then `table_statistics`"),
     "dump": (dump_last, "training, then `DynamicEmbDump`"),
+    "refused": (refused, "a plan that is refused"),
     "error": (error_last, "training, then an uncaught exception"),
 }
 
@@ -125,15 +140,15 @@ def work(case: str, hook: bool, rank: int, folder: str) -> None:
     if alone and hook:
         _gloo_alone().let_threads_finish_at_exit(dist.group.WORLD)
     elif not alone and not hook:
-        from dynamicemb.shard import gloo
+        from dynamicemb.planner import gloo
 
         gloo._register = lambda: None  # type: ignore[assignment]
     CASES[case][0](folder)
 
 
 def _gloo_alone() -> ModuleType:
-    """``dynamicemb.shard.gloo`` without the rest of the package: what is imported has a part in how a process ends."""
-    spec = importlib.util.spec_from_file_location("gloo", ROOT / "dynamicemb" / "shard" / "gloo.py")
+    """``dynamicemb.planner.gloo`` alone: what else is imported has a part in how a process ends."""
+    spec = importlib.util.spec_from_file_location("gloo", ROOT / "dynamicemb" / "planner" / "gloo.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -155,7 +170,7 @@ def pair(case: str, hook: bool) -> list[tuple[int, str]]:
 def measure(case: str, hook: bool, processes: int) -> tuple[int, int, list[str]]:
     """How many processes there were, how many aborted, and what else went wrong."""
     aborted, others, done = 0, [], 0
-    expected = 1 if case == "error" else 0
+    expected = 1 if case in ("refused", "error") else 0
     while done < processes:
         for code, stderr in pair(case, hook):
             done += 1

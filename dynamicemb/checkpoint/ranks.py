@@ -8,6 +8,7 @@ from typing import Any, Optional, TypeVar
 import torch.distributed as dist
 
 from dynamicemb.errors import RemoteRankError
+from dynamicemb.planner.gloo import let_threads_finish_at_exit
 
 __all__ = ["Ranks"]
 
@@ -22,6 +23,7 @@ class Ranks:
     """
 
     def __init__(self, pg: Optional[dist.ProcessGroup]) -> None:
+        let_threads_finish_at_exit(pg)
         self._pg = pg
         self.rank = 0 if pg is None else pg.rank()
         self.size = 1 if pg is None else pg.size()

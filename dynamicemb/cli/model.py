@@ -114,7 +114,7 @@ def sharded_model(name: str) -> Iterator[nn.Module]:
     import torch.distributed as dist
 
     from dynamicemb.cli.console import warn
-    from dynamicemb.shard.gloo import let_threads_finish_at_exit
+    from dynamicemb.planner.gloo import let_threads_finish_at_exit
 
     quieten_libraries()
     try:
@@ -123,7 +123,8 @@ def sharded_model(name: str) -> Iterator[nn.Module]:
         if not is_first_rank() and not isinstance(error, RemoteRankError):
             warn("error", f"rank {os.environ['RANK']}: {error}")
         raise _failure(error) from None
-    let_threads_finish_at_exit(dist.group.WORLD)
+    finally:
+        let_threads_finish_at_exit(dist.group.WORLD)
     try:
         yield model
     except DynamicEmbError as error:

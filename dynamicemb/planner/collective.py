@@ -10,6 +10,7 @@ from typing import Optional, TypeVar, Union
 import torch.distributed as dist
 
 from dynamicemb.errors import RemoteRankError
+from dynamicemb.planner.gloo import let_threads_finish_at_exit
 
 __all__ = ["decide_on_first_rank"]
 
@@ -30,6 +31,7 @@ def decide_on_first_rank(group: dist.ProcessGroup, decide: Callable[[], T]) -> T
         Exception: whatever ``decide`` raised, on every rank, with the same type and message.
             :class:`~dynamicemb.errors.RemoteRankError` takes its place on the other ranks if it cannot be pickled.
     """
+    let_threads_finish_at_exit(group)
     outcome: Union[T, _Failure, None] = None
     own_error: Optional[Exception] = None
     if group.rank() == 0:

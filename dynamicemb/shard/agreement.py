@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch.distributed as dist
 
 from dynamicemb.errors import RemoteRankError
+from dynamicemb.planner.gloo import let_threads_finish_at_exit
 
 __all__ = ["gathered", "raise_on_all_ranks"]
 
@@ -15,6 +16,7 @@ def gathered(value: Any, pg: Optional[dist.ProcessGroup]) -> list[Any]:
     """``value`` of every rank, on every rank; anything that can be pickled. Collective."""
     if pg is None or pg.size() == 1:
         return [value]
+    let_threads_finish_at_exit(pg)
     values: list[Any] = [None] * pg.size()
     dist.all_gather_object(values, value, group=pg)
     return values

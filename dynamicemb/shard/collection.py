@@ -27,11 +27,11 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from dynamicemb.errors import DynamicEmbError, DynamicEmbWarning
+from dynamicemb.planner.gloo import let_threads_finish_at_exit
 from dynamicemb.planner.parameter_sharding import DynamicEmbParameterSharding, sharded_by_dynamicemb
 from dynamicemb.shard.batches import served
 from dynamicemb.shard.collective import collective
 from dynamicemb.shard.empty_batch import CollectionContext, one_empty_sample, rows_of_batch
-from dynamicemb.shard.gloo import let_threads_finish_at_exit
 from dynamicemb.shard.lookup import DynamicLookup
 from dynamicemb.shard.plan_check import checked_plan
 from dynamicemb.shard.restore import exchanged_table, restore_tables, take_entries

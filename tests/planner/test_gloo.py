@@ -9,9 +9,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+import typer
+from torchrec.distributed.planner.types import PlannerError
 
-from dynamicemb.shard import gloo
+from dynamicemb.checkpoint.ranks import Ranks
+from dynamicemb.cli.model import sharded_model
+from dynamicemb.planner import DynamicEmbeddingShardingPlanner, gloo
+from dynamicemb.shard.agreement import gathered
 from tests.distributed import run_on_ranks
+from tests.planner.models import Model, sharders, topology
 from tests.shard.alone import alone, no_process_group
 from tests.shard.models import ZEROS, collection, distribute, dynamic, table
 
@@ -42,6 +48,35 @@ def register_once(rank: int, world_size: int) -> None:
 
 def test_the_hook_is_registered_once_where_a_collection_is_sharded_over_gloo() -> None:
     run_on_ranks(1, register_once)
+
+
+def refuse_plan() -> None:
+    tiny = topology(world_size=2, hbm_cap=1024, ddr_cap=1024)
+    with pytest.raises(PlannerError):
+        DynamicEmbeddingShardingPlanner(topology=tiny).collective_plan(Model(), sharders())
+
+
+def make_no_model() -> None:
+    with pytest.raises(typer.BadParameter), sharded_model("tests.cli.models:nothing"):
+        pass
+
+
+#: What may be the first collective of a process, and its last one.
+FIRST_COLLECTIVES: dict[str, Callable[[], object]] = {
+    "a plan that is refused": refuse_plan,
+    "what the ranks of a plan agree on": lambda: gathered(1, dist.group.WORLD),
+    "a checkpoint's ranks": lambda: Ranks(dist.group.WORLD).gather(1),
+    "a model's function of the command, whatever it calls": make_no_model,
+}
+
+
+def register_with_the_first(rank: int, world_size: int, first: str) -> None:
+    assert registered_by(FIRST_COLLECTIVES[first]) == [gloo._give_up_lock]
+
+
+@pytest.mark.parametrize("first", FIRST_COLLECTIVES)
+def test_the_hook_comes_with_the_first_collective_whatever_follows(first: str) -> None:
+    run_on_ranks(2, register_with_the_first, first)
 
 
 def test_no_hook_for_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
