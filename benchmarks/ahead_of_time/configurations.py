@@ -21,6 +21,7 @@ from dynamicemb.kernels.hashing import mix64, owners
 from dynamicemb.kernels.insert import Insertion
 from dynamicemb.kernels.layout import MAX_CHUNKS, OptimizerKind, RowLayout
 from dynamicemb.kernels.note import note, note_touches
+from dynamicemb.kernels.outgoing import count_runs, with_occurrences
 from dynamicemb.kernels.repeat import repeat
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.kernels.tally import tally
@@ -181,7 +182,9 @@ def _hashing_and_dedup() -> None:
         owners(_meta(batch), WORLD_SIZE)
         repeat(_meta(WORLD_SIZE, dtype=torch.int32), _meta(WORLD_SIZE), batch)
         for tables in TABLE_COUNTS:
-            dedup(_meta(batch), _meta(batch, dtype=torch.int32), tables, WORLD_SIZE)
+            unique = dedup(_meta(batch), _meta(batch, dtype=torch.int32), tables, WORLD_SIZE)
+            count_runs(unique, WORLD_SIZE, tables, _meta(WORLD_SIZE * tables))
+            with_occurrences(unique)
 
 
 def notes(batch: int) -> None:

@@ -26,6 +26,7 @@ from dynamicemb.kernels.find import find
 from dynamicemb.kernels.gather import gather, gather_rows
 from dynamicemb.kernels.hashing import mix64, owners
 from dynamicemb.kernels.layout import OptimizerKind, RowLayout
+from dynamicemb.kernels.outgoing import count_runs, with_occurrences
 from dynamicemb.kernels.repeat import repeat
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.options import DynamicEmbEvictStrategy
@@ -72,6 +73,9 @@ def _what_is_small() -> None:
         mix64(_meta(entries))
         owners(_meta(entries), world_size)
         repeat(_meta(world_size, dtype=torch.int32), _meta(world_size), entries)
+        unique = deduplicate(_meta(entries), _meta(entries, dtype=torch.int32), 1, world_size)
+        count_runs(unique, world_size, 1, _meta(world_size))
+        with_occurrences(unique)
         notes(entries)
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -24,7 +23,7 @@ from torchrec.distributed.types import Awaitable, NoWait
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dynamicemb.errors import DynamicEmbError, KeyTypeError, RemoteRankError
-from dynamicemb.kernels.hashing import owners
+from dynamicemb.kernels.outgoing import count_runs, with_occurrences
 from dynamicemb.kernels.repeat import repeat
 from dynamicemb.kernels.views import UniqueKeys
 from dynamicemb.shard.route import GroupKeys, OwnedKeys, Route, keys_by_group
@@ -78,7 +77,9 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
             table for table, features in zip(numbers, self._features_by_table, strict=True) for _ in range(features)
         ]
         self._table_of_feature = torch.tensor(table_of_feature, dtype=torch.int32, device=device)
-        self._runs = _Runs.create(self._world_size, self._tables_by_group, device)
+        # Keys that arrive come in runs, one for each (rank, table), in this order.
+        in_group = [number for tables in self._tables_by_group for number in range(tables)]
+        self._table_of_run = torch.tensor(in_group * self._world_size, dtype=torch.int32, device=device)
         self._error: Optional[DynamicEmbError] = None
 
     def reject(self, error: DynamicEmbError) -> None:
@@ -106,8 +107,9 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         keys = self._keys_of(sparse_features).deduplicated(self._world_size)
         assert self._pg is not None and keys.unique is not None
         return SizesAwaitable(
-            self._pg, keys.unique, self._runs, self._send_occurrences, error, self._takes_gradients(), self._owned
-        )
+            self._pg, keys.unique, self._table_of_run, self._send_occurrences, error, self._takes_gradients(),
+            self._owned,
+        )  # fmt: skip
 
     def _keys_of(self, features: KeyedJaggedTensor) -> GroupKeys:
         """This rank's ids of all groups."""
@@ -127,41 +129,6 @@ class DynamicInputDist(BaseSparseFeaturesDist[OwnedKeys]):
         return [sum(itertools.islice(lengths, num_features)) for num_features in self._features_by_table]
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """The distinct keys of a batch fall into a run for each (rank, table), in this order.
-
-    Attributes:
-        world_size, num_tables: ``R`` runs are their product.
-        tables: int32 [R], index of each run's table in its group.
-        numbers: int64 [R + 1], the runs' own numbers and the one that would follow.
-    """
-
-    world_size: int
-    num_tables: int
-    tables: torch.Tensor
-    numbers: torch.Tensor
-
-    @staticmethod
-    def create(world_size: int, tables_by_group: list[int], device: torch.device) -> _Runs:
-        num_tables = sum(tables_by_group)
-        in_group = [number for tables in tables_by_group for number in range(tables)]
-        tables = torch.tensor(in_group * world_size, dtype=torch.int32, device=device)
-        numbers = torch.arange(world_size * num_tables + 1, dtype=torch.int64, device=device)
-        return _Runs(world_size, num_tables, tables, numbers)
-
-    def count(self, unique: UniqueKeys, out: torch.Tensor) -> None:
-        """Keys of each run, into int64 [R]. The keys are in the order of their runs, so a search finds where they end.
-
-        Does not synchronise.
-        """
-        run = torch.add(unique.tables, owners(unique.keys, self.world_size), alpha=self.num_tables)
-        invalid = unique.offsets[:-1] == unique.order.numel()
-        run.masked_fill_(invalid, self.world_size * self.num_tables)
-        bounds = torch.searchsorted(run, self.numbers)
-        torch.sub(bounds[1:], bounds[:-1], out=out)
-
-
 class _WithRoute(Awaitable[Awaitable[OwnedKeys]]):
     def __init__(self, route: Route, keys: Awaitable[Awaitable[OwnedKeys]]) -> None:
         super().__init__()
@@ -179,7 +146,7 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         self,
         pg: dist.ProcessGroup,
         unique: UniqueKeys,
-        runs: _Runs,
+        table_of_run: torch.Tensor,
         send_occurrences: bool,
         error: Optional[DynamicEmbError],
         takes_gradients: bool,
@@ -187,12 +154,12 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
     ) -> None:
         super().__init__()
         self.route = Route(unique=unique)
-        self._pg, self._runs, self._send_occurrences, self._error = pg, runs, send_occurrences, error
+        self._pg, self._table_of_run, self._send_occurrences, self._error = pg, table_of_run, send_occurrences, error
         self._by_group = by_group
         # What is sent and what is received, side by side so that they come to the host together.
-        shape = (2, runs.world_size, runs.num_tables)
-        self._sizes = torch.empty(shape, dtype=torch.int64, device=unique.keys.device)
-        runs.count(unique, out=self._sizes[0].view(-1))
+        world_size, num_tables = pg.size(), table_of_run.numel() // pg.size()
+        self._sizes = torch.empty(2, world_size, num_tables, dtype=torch.int64, device=unique.keys.device)
+        count_runs(unique, world_size, num_tables, out=self._sizes[0].view(-1))
         if not takes_gradients:
             self._sizes[0, :, 0] += _FROZEN
         if error is not None:
@@ -214,7 +181,7 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         self.route.unique = self.route.unique.narrowed(sum(self.route.send_counts))
         lengths = self._sizes[1].view(-1)
         return KeysAwaitable(
-            self._pg, self.route, self._runs.tables, lengths, received, self._send_occurrences, takes_gradients,
+            self._pg, self.route, self._table_of_run, lengths, received, self._send_occurrences, takes_gradients,
             self._by_group,
         )  # fmt: skip
 
@@ -242,7 +209,7 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
     Args:
         pg: the ranks.
         route: of the batch, complete.
-        tables: int32 [R], index in its group of the table of each run that arrives.
+        table_of_run: int32 [R], index in its group of the table of each run that arrives.
         lengths: int64 [R], keys of each run that arrives.
         lengths_by_table: the same by sender and table, on the host.
         send_occurrences: whether the keys' occurrences travel beside them.
@@ -254,7 +221,7 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
         self,
         pg: dist.ProcessGroup,
         route: Route,
-        tables: torch.Tensor,
+        table_of_run: torch.Tensor,
         lengths: torch.Tensor,
         lengths_by_table: list[list[int]],
         send_occurrences: bool,
@@ -264,11 +231,9 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
         super().__init__()
         unique = route.unique
         assert unique is not None
-        self._tables, self._lengths, self._lengths_by_table = tables, lengths, lengths_by_table
+        self._table_of_run, self._lengths, self._lengths_by_table = table_of_run, lengths, lengths_by_table
         self._takes_gradients, self._by_group = takes_gradients, by_group
-        self._sent = unique.keys.unsqueeze(1)
-        if send_occurrences:
-            self._sent = torch.stack([unique.keys, unique.offsets.diff()], dim=1)
+        self._sent = with_occurrences(unique) if send_occurrences else unique.keys.unsqueeze(1)
         self._received = self._sent.new_empty(sum(route.receive_counts), self._sent.shape[1])
         self._work = dist.all_to_all_single(
             self._received, self._sent, route.receive_counts, route.send_counts, group=pg, async_op=True
@@ -279,7 +244,7 @@ class KeysAwaitable(Awaitable[OwnedKeys]):
         columns = self._received.t().contiguous()
         keys = GroupKeys(
             keys=columns[0],
-            tables=repeat(self._tables, self._lengths, columns.shape[1]),
+            tables=repeat(self._table_of_run, self._lengths, columns.shape[1]),
             occurrences=columns[1] if columns.shape[0] > 1 else None,
             lengths_by_table=self._lengths_by_table,
         )

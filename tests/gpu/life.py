@@ -51,7 +51,7 @@ def _live(case: Case, feed: Feed, twins: Twins) -> Twins:
     # A group of several tables has an evaluation initializer.
     assert rows.any(1).all() if case.tables > 1 else not rows[::2].any()
     for kind in (feed.skewed, feed.dominated, feed.empty):
-        twins.expand(kind())
+        twins.exchange(kind())
     twins.compare("after lookups that change nothing")
 
     # The second lookup evicts keys of the first.

@@ -8,6 +8,7 @@ import torch
 
 from dynamicemb.kernels.dedup import dedup
 from dynamicemb.kernels.layout import OptimizerKind
+from dynamicemb.kernels.outgoing import count_runs, with_occurrences
 from dynamicemb.kernels.segment_sum import segment_sum
 from dynamicemb.table.function import expand, lookup
 from dynamicemb.table.group import TableGroup
@@ -24,6 +25,10 @@ def look_up(group: TableGroup, batch: Batch) -> torch.Tensor:
     batch = batch.to(group.device)
     anchor = torch.empty(0, device=group.device, requires_grad=True)
     return lookup(group, anchor, batch.keys, batch.tables, batch.counts, training=True)
+
+
+#: What :meth:`Twins.exchange` compares.
+EXCHANGED = ("keys of each run", "keys and occurrences", "expanded rows", "sums of rows")
 
 
 @dataclass(frozen=True)
@@ -73,21 +78,25 @@ class Twins:
         assert_same_bits(expected, actual, "rows of an evaluation lookup")
         return expected
 
-    def expand(self, batch: Batch) -> None:
-        """Rows of distinct keys to those of the batch, and sums of them back: what ranks do with each other's rows."""
+    def exchange(self, batch: Batch) -> None:
+        """What ranks do with keys that they send, with rows of distinct keys, and with gradients on their way back."""
         layout = self.expected.storage.layout
         rows = torch.randn(batch.keys.numel(), layout.dim, generator=torch.Generator().manual_seed(len(batch.keys)))
-        expected = self._expanded(batch, self.expected, rows)
+        expected = self._exchanged(batch, self.expected, rows)
         with self._scale.engine():
-            actual = self._expanded(batch.to(self._scale.device), self.actual, rows.to(self._scale.device))
-        for wanted, got, what in zip(expected, actual, ("expanded rows", "sums of rows"), strict=True):
+            actual = self._exchanged(batch.to(self._scale.device), self.actual, rows.to(self._scale.device))
+        for wanted, got, what in zip(expected, actual, EXCHANGED, strict=True):
             assert_same_bits(wanted, got, what)
 
     @staticmethod
-    def _expanded(batch: Batch, group: TableGroup, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        unique = dedup(batch.keys, batch.tables, len(group.configs), group.world_size)
+    def _exchanged(batch: Batch, group: TableGroup, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tables = len(group.configs)
+        unique = dedup(batch.keys, batch.tables, tables, group.world_size)
+        lengths = torch.empty(group.world_size * tables, dtype=torch.int64, device=rows.device)
+        count_runs(unique, group.world_size, tables, lengths)
         expanded = expand(rows.to(group.storage.layout.embedding_dtype), unique)
-        return expanded, segment_sum(rows, unique)[: int(unique.count)]
+        count = int(unique.count)
+        return lengths, with_occurrences(unique)[:count], expanded, segment_sum(rows, unique)[:count]
 
     def set_scores(self, score: int) -> None:
         """What CUSTOMIZED gives to the keys of the lookups that follow."""

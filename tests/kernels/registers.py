@@ -30,6 +30,8 @@ CEILINGS = {
     "_mix_kernel": Ceiling(64, "one pass over memory: as many loads under way as there can be"),
     "_owner_kernel": Ceiling(64, "as for _mix_kernel"),
     "_repeat_kernel": Ceiling(64, "writes one number over and over"),
+    "_count_runs_kernel": Ceiling(40, "a search by one warp, four keys for each thread"),
+    "_with_occurrences_kernel": Ceiling(64, "one pass over memory"),
     "_prefix_kernel": Ceiling(48, "one pass over memory, with a division"),
     "_compare_kernel": Ceiling(28, "two positions, keys and tables for each of four places"),
     "_settle_kernel": Ceiling(16, "works only where prefixes of different keys are equal"),
@@ -51,6 +53,6 @@ CEILINGS = {
     "_fill_missing_kernel": Ceiling(32, "as for _fill_kernel"),
     "_fill_missing_kernel, quantile": Ceiling(12, "as for _fill_kernel"),
     "_split_kernel": Ceiling(48, "copies"),
-    "_segment_difference_kernel": Ceiling(64, "one pass over memory"),
+    "_sum_integers_kernel": Ceiling(36, "eight values of each of 64 keys under way in a program, and their places"),
     "_sum_rows_kernel": Ceiling(32, "8 rows under way in each thread of a program of one warp; 32 of these fit"),
 }

@@ -213,28 +213,50 @@ def test_lengths_are_asked_for_only_if_the_batch_does_not_bring_them(
 # ------------------------------------------------------------------------------------------- kernels
 
 
-def kernels(tables: int, features: int, world_size: int) -> dict[str, list[str]]:
+def kernels(tables: int, features: int, world_size: int, **options: Any) -> dict[str, list[str]]:
     """By phase, for ``tables`` tables of one group with ``features`` features each."""
     by_table = [[f"t{index}_{feature}" for feature in range(features)] for index in range(tables)]
-    model = sharded([table(f"t{index}", features=names) for index, names in enumerate(by_table)], {}, world_size)
+    configs = [table(f"t{index}", features=names) for index, names in enumerate(by_table)]
+    model = sharded(configs, {config.name: options for config in configs}, world_size)
     batch = batch_of([feature for features_of_table in by_table for feature in features_of_table])
     phases(model, batch)
     return {phase: step.kernels for phase, step in phases(model, batch).items()}
 
 
+def triton(*operations: str) -> list[str]:
+    return [f"triton._{operation}_kernel" for operation in operations]
+
+
+TABLES_OF_IDS = ["aten.sum.dim_IntList", *triton("repeat")]
+DEDUP = [*triton("prefix"), "aten.sort.stable", *triton("compare", "settle", "number")]
+TRAIN = triton("find", "insert", "fill", "tally", "gather")
+#: A step's loss joins the rows of all features, and the gradient of what torchrec gives for each is joined again.
+JOINED = "aten.cat.default"
+
+
 def test_the_kernels_of_a_step_on_one_rank() -> None:
-    """Of 26 tables, torch's and ours together. Two are not the step's own: rows are joined after it, for the gradient,
-    and what comes back for each feature is joined again."""
-    dedup = [
-        "triton._prefix_kernel", "aten.sort.stable", "triton._compare_kernel", "triton._settle_kernel",
-        "triton._number_kernel",
-    ]  # fmt: skip
-    tables_of_ids = ["aten.sum.dim_IntList", "triton._repeat_kernel"]
-    lookup = ["_find_kernel", "_insert_kernel", "_fill_kernel", "_tally_kernel", "_gather_kernel"]
-    seen, joined = kernels(26, 1, 1), "aten.cat.default"
-    assert seen["forward"] == [*tables_of_ids, *dedup, *(f"triton.{name}" for name in lookup), joined]
-    assert seen["backward"] == [joined, "triton._begin_update_kernel", "triton._update_kernel"]
-    assert seen["evaluation"] == [*tables_of_ids, "triton._find_kernel", "triton._gather_kernel", joined]
+    """Of 26 tables, torch's and ours together."""
+    seen = kernels(26, 1, 1)
+    assert seen["forward"] == [*TABLES_OF_IDS, *DEDUP, *TRAIN, JOINED]
+    assert seen["backward"] == [JOINED, *triton("begin_update", "update")]
+    assert seen["evaluation"] == [*TABLES_OF_IDS, *triton("find", "gather"), JOINED]
+
+
+@pytest.mark.parametrize("strategy", [DynamicEmbEvictStrategy.LRU, LFU])
+def test_the_kernels_of_a_step_on_two_ranks(strategy: DynamicEmbEvictStrategy) -> None:
+    """Sizes, keys and rows travel, and gradients on the way back; under LFU occurrences beside the keys."""
+    seen = kernels(26, 1, 2, evict_strategy=strategy)
+    lfu = strategy is LFU
+    sent = triton("with_occurrences") if lfu else []
+    received = ["aten.clone.default"] if lfu else []  # keys apart from occurrences
+    keys = [*TABLES_OF_IDS, *DEDUP, *triton("count_runs"), "all_to_all", *sent, "all_to_all", *received]
+    keys += triton("repeat")
+    rows = ["all_to_all", *triton("gather_rows"), JOINED]
+    assert seen["forward"] == [*keys, *DEDUP, *triton(*["sum_integers"] * lfu), *TRAIN, *rows]
+    # The division by the number of ranks is torchrec's convention, which can be switched off.
+    sums = [*triton("block_sums", "sum_rows"), "all_to_all", "aten.div_.Tensor"]
+    assert seen["backward"] == [JOINED, *sums, *triton("begin_update", "update")]
+    assert seen["evaluation"] == [*keys, *triton("find", "gather"), *rows]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

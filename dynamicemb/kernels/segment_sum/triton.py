@@ -21,9 +21,12 @@ from dynamicemb.kernels.rows_triton import (
     sum_rows_registers,
 )
 from dynamicemb.kernels.segment_sum import BLOCK_ROWS
+from dynamicemb.kernels.triton_support import aligned
 from dynamicemb.kernels.views import UniqueKeys
 
-_TILE = 512
+# Of integers: keys of a program, and values of a key that are read at once.
+_ENTRIES = 64
+_LANES = 8
 # One warp for a key, so that none waits for another one's duplicates.
 _WARPS = 1
 # A block is 128 rows in a row, and a launch has few: the more of them are under way, the better. 16 fit into 96
@@ -84,14 +87,19 @@ def _sum_rows_kernel(
 
 
 @triton.jit
-def _segment_difference_kernel(prefix, offsets, count, out, TILE: tl.constexpr):
-    entries = tl.load(count)
-    entry = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = entry < entries
+def _sum_integers_kernel(values, order, offsets, count, out, ENTRIES: tl.constexpr, LANES: tl.constexpr):
+    """LANES values of each of ENTRIES keys at a time."""
+    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entry < tl.load(count)
     begin = tl.load(offsets + entry, mask=inside, other=0)
     end = tl.load(offsets + entry + 1, mask=inside, other=0)
-    before = tl.load(prefix + begin - 1, mask=inside & (begin > 0), other=0)
-    tl.store(out + entry, tl.load(prefix + end - 1, mask=inside, other=0) - before, mask=inside)
+    total = tl.zeros([ENTRIES], tl.int64)
+    for first in range(0, tl.max(end - begin, axis=0), LANES):
+        at = begin[:, None] + first + tl.arange(0, LANES)[None, :]
+        mask = at < end[:, None]
+        place = tl.load(order + at, mask=mask, other=0)
+        total += tl.sum(tl.load(values + place, mask=mask, other=0), axis=1)
+    tl.store(out + entry, total, mask=inside)
 
 
 def empty_block_sums(values: torch.Tensor) -> torch.Tensor:
@@ -132,13 +140,11 @@ def segment_sum(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
 
 
 def _segment_sum_integers(values: torch.Tensor, unique: UniqueKeys) -> torch.Tensor:
-    """Differences of a prefix sum, exact modulo 2**64: no key's number of occurrences makes it slow."""
+    """Made for occurrences that ranks have counted, of which a key has one from each rank at most."""
     entries = unique.keys.numel()
     out = torch.empty(entries, dtype=torch.int64, device=values.device)
-    if entries:
-        prefix = torch.cumsum(values[unique.order], dim=0)
-        launch(
-            _segment_difference_kernel, triton.cdiv(entries, _TILE), prefix, unique.offsets, unique.count, out,
-            TILE=_TILE,
-        )  # fmt: skip
+    launch(
+        _sum_integers_kernel, triton.cdiv(entries, _ENTRIES), aligned(values), unique.order, unique.offsets,
+        unique.count, out, ENTRIES=_ENTRIES, LANES=_LANES,
+    )  # fmt: skip
     return out
