@@ -24,6 +24,7 @@ from dynamicemb.kernels.layout import NO_SLOT, TableGeometry
 from dynamicemb.kernels.note import note, note_touches
 from dynamicemb.kernels.views import EvictionView, KeyBatch, UniqueKeys
 from dynamicemb.table.ancestor import Ancestor
+from dynamicemb.table.capture import is_captured
 from dynamicemb.table.change_log import EvictionLog, TouchLog
 from dynamicemb.table.storage import GroupStorage
 
@@ -126,10 +127,8 @@ class GroupChanges:
             if not any(self._starts):
                 return False
             device = self._storage.device
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return (
-                    False  # the graph would empty the memory with every replay; clocks will tell that it is not in it
-                )
+            if is_captured(device):  # the graph would empty the memory with every replay; clocks will tell
+                return False
             # Both or none, if there is no room.
             evictions = EvictionLog(sum(size.max_slots for size in self._storage.geometries), device)
             self._touches = None if self._by_score else TouchLog(self._storage)

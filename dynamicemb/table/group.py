@@ -27,6 +27,7 @@ from dynamicemb.kernels.tally import tally
 from dynamicemb.kernels.update import HyperparameterColumn, update
 from dynamicemb.kernels.views import KeyBatch, KeyStatus, Scores, ScoreSource, UniqueKeys
 from dynamicemb.options import DynamicEmbEvictStrategy
+from dynamicemb.table.capture import is_captured
 from dynamicemb.table.changes import GroupChanges
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.contents import StoredRows, TableContents
@@ -170,9 +171,12 @@ class TableGroup:
             The rows, float32 [N, dim] (zeros for refused keys), and what :meth:`apply_gradients` needs.
 
         Raises:
+            ConfigError: the lookup is being captured in a CUDA graph, and a table can still grow. Nothing has changed.
             OutOfMemoryError: a table must grow, or changes are to be noted, and the device has no room for it. Nothing
                 has changed.
         """
+        if self.storage.growable and is_captured(self.device):
+            raise self._cannot_grow()
         if unique is None:
             unique = dedup(keys, tables, len(self.configs), self.world_size, lengths_by_table)
         if self.storage.growable:
@@ -239,7 +243,7 @@ class TableGroup:
 
     def _on_device(self, trained: Sequence[bool]) -> torch.Tensor:
         """bool [T]. Written where it has changed, without a copy from the host, so that nothing waits."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_captured(self.device):
             # A graph has its own: it runs when others have written to this one, and what it captures has not run yet.
             captured = torch.ones_like(self._trained)
             for table, takes_step in enumerate(trained):
@@ -287,6 +291,16 @@ class TableGroup:
         for table in suspects:
             self._size_bounds[table] = demand[table]
             self._grow_table(table, demand[table])
+
+    def _cannot_grow(self) -> ConfigError:
+        """Growth is decided on the host, which has no part in the replay of a graph."""
+        table = self.storage.growable[0]
+        name, size = self.configs[table].name, self.storage.geometries[table]
+        return ConfigError(
+            f"a CUDA graph cannot make a table grow, and table '{name}' has {size.slots} slots on this rank, of at "
+            f"most {size.max_slots}: its replays would evict rows instead; capture the graph when the table has all of "
+            "them, or give it init_capacity=max_capacity"
+        )
 
     def _grow_table(self, table: int, rows: int) -> None:
         config = self.configs[table]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dynamicemb import DynamicEmbEvictStrategy
+from dynamicemb.errors import ConfigError
 from dynamicemb.table.function import lookup
 from dynamicemb.table.group import TableGroup
 from tests.gpu.batches import Batch, Feed
@@ -104,3 +105,14 @@ def test_replays_equal_eager_steps(case: Case, scale: Scale) -> None:
             assert_equal_groups(eager, replayed, f"after replay {number}")
     assert eager.steps.tolist() == [WARM_UP + 5] * case.tables
     assert all(counters.evicted > 0 and counters.hits > 0 for counters in eager.counters())
+
+
+@pytest.mark.gpu
+def test_a_table_that_can_still_grow_is_refused() -> None:
+    case = dataclasses.replace(FEW[0], grows=True)
+    feed, group = Feed(case), TableGroup(case.configs(), case.world_size, torch.device("cuda"))
+    batch = prepared(feed.mixed(), case)
+    step = Step(group, batch)
+    assert group.storage.growable
+    with pytest.raises(ConfigError, match="CUDA graph cannot make a table grow"):
+        captured(step)

@@ -1,0 +1,12 @@
+"""Whether work is being recorded in a CUDA graph, to be done later and again, instead of being done."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["is_captured"]
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether what is launched on the current stream of ``device`` becomes part of a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
