@@ -61,7 +61,10 @@ def _libraries(options: argparse.Namespace) -> str:
     partial = archive.with_name(f"partial-{archive.name}")
     partial.unlink(missing_ok=True)
     if options.script is not None:
-        subprocess.run([sys.executable, str(options.script), "--out", str(partial)], check=True)
+        made = subprocess.run([sys.executable, str(options.script), "--out", str(partial)])
+        if made.returncode or not partial.is_file():
+            wrong = f"exit status {made.returncode}" if made.returncode else f"it has not written {partial}"
+            sys.exit(f"{options.script}: {wrong}; a program that makes the libraries is called with --out ARCHIVE")
         said = f"made by {options.script.name}"
     else:
         stayed, went = gpu_libraries.make_archive(partial, options.downloads, options.architecture)

@@ -32,7 +32,7 @@ from gpu.topic import Context, Outcome, run_topic
 from host import Accelerator, Host, OtherLoad
 from output import QUIET_CORES_BESIDE_GPU, Run, show, write
 from processes import quieten_libraries
-from quarter_hour.journal import FAILED, OK, START_ANEW, append_line
+from quarter_hour.journal import FAILED, OK, SKIPPED, START_ANEW, append_line
 from rich.console import Console
 from run import PIPED_WIDTH
 
@@ -40,6 +40,9 @@ HERE = Path(__file__).resolve().parent
 #: Topics in the order in which they run, and their shares of the time. What one leaves, the next ones have. The
 #: profiler comes last: it changes how the driver launches in what is left of the process.
 SHARES = {"ceilings": 30, "step": 75, "table": 110, "kernels": 85, "dedup": 30, "model": 85, "breakdown": 35}
+#: What a topic may take of the time that is left, whatever its share is: the step beside static tables is what
+#: everything is about, and is whole before others begin.
+LEAST_SECONDS = {"step": 60.0}
 #: For all topics together. Eight minutes less what starting Python, importing the libraries and writing takes.
 SECONDS = 450.0
 NO_GPU = (
@@ -75,9 +78,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def deadlines(names: Sequence[str], start: float, seconds: float) -> dict[str, float]:
     """When each topic has to end, if the time is divided by their shares among those that run."""
     total, passed, result = sum(SHARES[name] for name in names), 0, {}
+    begin, end = start, start + seconds
     for name in names:
         passed += SHARES[name]
-        result[name] = start + seconds * passed / total
+        share = start + seconds * passed / total
+        begin = result[name] = max(share, min(end, begin + LEAST_SECONDS.get(name, 0.0)))
     return result
 
 
@@ -112,7 +117,8 @@ def _line(outcome: Outcome, lost: str) -> dict[str, Any]:
         }
         for figure in outcome.findings.figures
     }
-    line: dict[str, Any] = {"outcome": FAILED if outcome.errors or lost else OK, "figures": figures}
+    word = FAILED if outcome.errors or lost else OK if figures else SKIPPED
+    line: dict[str, Any] = {"outcome": word, "figures": figures}
     left_out = [f"{part}: {reason}" for part, reason in outcome.findings.left_out.items()]
     if left_out or lost:
         line["reason"] = "; ".join(filter(None, [*left_out, lost]))

@@ -7,12 +7,15 @@
 
 Needs neither pip nor make nor a network. Each finding is a line of JSON, printed and appended to findings.jsonl as soon
 as it is there; logs and results are packed every few seconds. Nothing that fails, hangs or crashes stops the rest. It
-ends by itself within the given seconds. The exit status is 1 if a finding failed.
+ends by itself within the given seconds. The exit status is 1 if a finding failed, if there is none, and if it was
+interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
 import shutil
 import signal
@@ -23,11 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .journal import FAILED, Journal
+from .journal import FAILED, OK, SKIPPED, Journal
 from .parts import SECONDS, Place, background, stages
 from .processes import adopt_orphans
 from .snapshots import Snapshots
-from .stages import Session, Stage, run_stage
+from .stages import INTERRUPTED, Session, Stage, run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Of the time: for ending what runs, and for the last archive.
@@ -49,9 +52,24 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--work", type=Path, default=Path("/tmp/quarter-hour"), metavar="DIR",
         help="for what is unpacked and written meanwhile (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, metavar="S", help="in all (default: 300, 240 and 240)")
+    parser.add_argument("--seconds", type=_seconds, metavar="S", help="in all (default: 300, 240 and 240)")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, folder in (("--out", options.out), ("--work", options.work)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{name} {folder}: no such folder can be made: {error.strerror}")
+        if not os.access(folder, os.W_OK):
+            parser.error(f"{name} {folder}: nothing can be written there")
+    return options
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -73,10 +91,15 @@ def run(given: Sequence[Stage], beside: Sequence[Stage], session: Session) -> No
     try:
         for thread in threads:
             thread.start()
-        for stage in given:
-            run_stage(stage, session)
+        waiting = list(given)
+        while waiting:
+            run_stage(waiting.pop(0), session)
         for thread in threads:  # each ends with its stage, at the deadline
             thread.join()
+    except BaseException:
+        for stage in waiting:
+            session.journal.add(stage.name, SKIPPED, 0.0, reason=INTERRUPTED)
+        raise
     finally:
         session.close()
         for thread in threads:  # it names what it has not found
@@ -86,19 +109,19 @@ def run(given: Sequence[Stage], beside: Sequence[Stage], session: Session) -> No
 
 def _interrupted(*_: Any) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough, and what follows has to be finished
-    raise SystemExit("interrupted")
+    raise SystemExit(INTERRUPTED)
 
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status."""
     began = time.monotonic()
     options = _parse(arguments)
-    seconds = options.seconds or SECONDS[options.part]
+    seconds = SECONDS[options.part] if options.seconds is None else options.seconds
     out, work = options.out.resolve(), options.work.resolve()
     results = work / f"results-{options.part}"
     shutil.rmtree(results, ignore_errors=True)
-    for folder in (out, results, work / "triton"):
-        folder.mkdir(parents=True, exist_ok=True)
+    for folder in (results, work / "triton"):
+        folder.mkdir(exist_ok=True)
     place = Place(options.bundle.resolve(), work, results, options.dry_run)
     journal = Journal(out / "findings.jsonl", options.part)
     adopt_orphans()
@@ -107,12 +130,16 @@ def main(arguments: Sequence[str]) -> int:
         journal, results, ROOT, environment(work), began + seconds - CLOSING_SECONDS, work / "triton"
     )  # fmt: skip
     snapshots = Snapshots(results, out / f"part-{options.part}.tar.gz")
+    reason = INTERRUPTED
     try:
         run(stages(options.part, place), background(options.part, place), session)
+        reason = ""
     finally:
         snapshots.finish()
-        journal.add("part", FAILED if journal.outcomes[FAILED] else "ok", time.monotonic() - began, journal.outcomes)
-    return 1 if journal.outcomes[FAILED] else 0
+        counts = dict(journal.outcomes)
+        outcome = FAILED if reason or counts[FAILED] else OK if counts[OK] else SKIPPED
+        journal.add("part", outcome, time.monotonic() - began, counts, reason)
+    return 0 if outcome == OK else 1
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ def stages(part: int, place: Place) -> list[Stage]:
 
 def _first(place: Place) -> list[Stage]:
     return [
-        Stage("tbe", _module("checks"), ("tbe",), seconds=60, silence_seconds=45),
-        Stage("machine", _module("checks"), ("device", "imports"), seconds=60),
+        Stage("tbe", _module("checks", *_dry(place)), ("tbe",), seconds=60, silence_seconds=45),
+        Stage("machine", _module("checks", *_dry(place)), ("device", "imports"), seconds=60),
         _smoke(place),
         _topics("topics", place, ("step", "kernels", "dedup", "breakdown")),
     ]

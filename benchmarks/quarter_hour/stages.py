@@ -12,9 +12,11 @@ from pathlib import Path
 from .journal import FAILED, OK, SKIPPED, START_ANEW, Journal, read_lines
 from .processes import end, kill_orphans, reap, start, tail
 
-__all__ = ["Session", "Stage", "run_stage"]
+__all__ = ["INTERRUPTED", "Session", "Stage", "run_stage"]
 
 POLL_SECONDS = 0.05
+#: Why a stage has not come to its end, or has not begun, if somebody has ended the command.
+INTERRUPTED = "interrupted"
 #: That a killed process may take to end, while there is time, and after the deadline. One that held most of a GPU's
 #: memory takes a second or so.
 ENDING_SECONDS, LATE_ENDING_SECONDS = 2.0, 0.5
@@ -172,12 +174,15 @@ class _Attempt:
 
 
 def run_stage(stage: Stage, session: Session) -> None:
-    """Runs the stage to its end, and adds a finding about the process itself. Raises nothing."""
+    """Runs the stage to its end, and adds a finding about the process itself. Raises nothing of its own."""
     began = time.monotonic()
     try:
         outcome, reason = _attempts(stage, session, began)
     except Exception as error:  # a command that does not exist, a full disk
         outcome, reason = FAILED, f"{type(error).__name__}: {error}"
+    except BaseException:  # the command is being ended
+        session.journal.add(stage.name, SKIPPED, time.monotonic() - began, reason=INTERRUPTED)
+        raise
     compiled = session.newly_compiled()
     figures = {"kernels compiled": len(compiled), "which": sorted(set(compiled))} if compiled else {}
     session.journal.add(stage.name, outcome, time.monotonic() - began, figures, reason)
@@ -193,7 +198,12 @@ def _attempts(stage: Stage, session: Session, began: float) -> tuple[str, str]:
                 session.journal.add(f"{stage.name}: {name}", SKIPPED, 0.0, reason="no time is left for it")
             return (outcome, reason) if number else (SKIPPED, "no time is left for it")
         attempt = _Attempt(stage, session, pending, left, number)
-        ended, number = attempt.run(), number + 1
+        try:
+            ended, number = attempt.run(), number + 1
+        except BaseException:
+            for name in pending:
+                session.journal.add(f"{stage.name}: {name}", SKIPPED, 0.0, reason=INTERRUPTED)
+            raise
         unfinished = SKIPPED if attempt.out_of_time else FAILED
         if not pending:
             if ended and not stage.findings:

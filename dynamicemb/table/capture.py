@@ -9,4 +9,7 @@ __all__ = ["is_captured"]
 
 def is_captured(device: torch.device) -> bool:
     """Whether what is launched on the current stream of ``device`` becomes part of a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks for that of the current device
+        return torch.cuda.is_current_stream_capturing()

@@ -6,7 +6,6 @@ import importlib
 import io
 import json
 import struct
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -81,10 +80,11 @@ def test_half_an_archive_is_made_again(tmp_path: Path, capsys: pytest.CaptureFix
     script, archive = tmp_path / "script.py", tmp_path / "bundle" / "site.tar.xz"
     arguments = ["--output", str(archive.parent), "--only", "libraries", "--script", str(script)]
     writes = "import sys; open(sys.argv[sys.argv.index('--out') + 1], 'wb').write(b'half'); "
-    script.write_text(writes + "sys.exit(1)")
-    with pytest.raises(subprocess.CalledProcessError):
-        gpu_bundle.main(arguments)
-    assert not archive.exists()
+    for program, wrong in ((writes + "sys.exit(3)", "exit status 3"), ("", "it has not written")):
+        script.write_text(program)
+        with pytest.raises(SystemExit, match=f"{script}: {wrong}"):
+            gpu_bundle.main(arguments)
+        assert not archive.exists()
     script.write_text(writes)
     assert gpu_bundle.main(arguments) == 0 and archive.read_bytes() == b"half"
     assert "made by" in capsys.readouterr().out

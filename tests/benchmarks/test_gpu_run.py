@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import run_gpu
 import torch
 from figures import CheckError, Figure, Findings, Published, Spread, Target
-from gpu.topic import Case, Context, Measured, Topic
+from gpu.topic import Case, Context, Measured, Outcome, Topic
 from host import Accelerator
 
 from tests.benchmarks.pretended import PretendedGpu
@@ -148,6 +149,22 @@ def test_time_that_one_topic_leaves_belongs_to_the_next() -> None:
     assert deadlines["breakdown"] == 550.0
     assert sum(run_gpu.SHARES.values()) == run_gpu.SECONDS
     assert run_gpu.deadlines(["step"], 100.0, 450.0) == {"step": 550.0}
+
+
+@pytest.mark.parametrize("seconds", [30.0, 60.0, 85.0, 133.0, 288.0])
+def test_the_step_is_whole_before_others_begin(seconds: float) -> None:
+    """If there is time for its two cases, 20 seconds each, whatever its share is."""
+    deadlines = run_gpu.deadlines(["ceilings", "step", "kernels", "dedup", "breakdown"], 0.0, seconds)
+    assert deadlines["step"] >= min(seconds, deadlines["ceilings"] + 60.0)
+    assert list(deadlines.values()) == sorted(deadlines.values()) and max(deadlines.values()) == seconds
+
+
+def test_a_topic_of_which_nothing_ran_is_skipped() -> None:
+    nothing = Findings("step", "title", "setup", "check", [], {}, {"SGD": "out of time"})
+    assert run_gpu._line(Outcome(nothing), "") == {"outcome": "skipped", "figures": {}, "reason": "SGD: out of time"}
+    some = dataclasses.replace(nothing, figures=[Figure("time", "ms", Spread.exact(1.0))])
+    assert run_gpu._line(Outcome(some), "")["outcome"] == "ok"
+    assert run_gpu._line(Outcome(nothing, errors={"SGD": "traceback"}), "")["outcome"] == "failed"
 
 
 def test_findings_without_bytes_keep_their_columns() -> None:

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from quarter_hour import checks, parts, warm
-from quarter_hour.__main__ import environment
+from quarter_hour.__main__ import _parse, environment, main
 from quarter_hour.journal import Journal, append_line, read_lines
 from quarter_hour.snapshots import Snapshots
 from quarter_hour.waves import figures_of
@@ -187,7 +189,7 @@ def test_after_an_interruption_nothing_is_started(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert {line["name"]: line["outcome"] for line in map(json.loads, output.splitlines())} == {
-        "beside: two": "skipped", "beside: three": "skipped", "beside": "skipped",
+        "long": "skipped", "beside: two": "skipped", "beside: three": "skipped", "beside": "skipped",
     }  # fmt: skip
     assert sorted(file.name for file in (tmp_path / "results").glob("beside.*.jsonl")) == ["beside.0.jsonl"]
 
@@ -245,9 +247,55 @@ def test_an_interruption_ends_all_and_packs_once_more(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode != 0
-    assert read_lines(out / "findings.jsonl")[0][-1]["name"] == "part"
+    lines = read_lines(out / "findings.jsonl")[0]
+    findings = {line["name"]: line for line in lines}
+    for stage in ("machine", "smoke", "topics"):
+        assert (findings[stage]["outcome"], findings[stage]["reason"]) == ("skipped", "interrupted")
+    last = lines[-1]
+    assert (last["name"], last["outcome"], last["reason"]) == ("part", "failed", "interrupted")
+    counted = Counter(line["outcome"] for line in lines[:-1])
+    assert last["figures"] == {outcome: counted[outcome] for outcome in ("ok", "failed", "skipped")}
     with tarfile.open(out / "part-1.tar.gz") as tar:
         assert "unpack.log" in tar.getnames()
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan", "inf", "soon"])
+def test_seconds_are_more_than_none(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        _parse(["1", "--seconds", seconds])
+    assert f"argument --seconds: {seconds!r} is no number of seconds above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--out", "--work"])
+def test_a_folder_that_cannot_be_made_is_named(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    usable = {"--out": tmp_path / "out", "--work": tmp_path / "work"}
+    for wrong in (file, file / "below"):
+        arguments = [str(word) for item in {**usable, option: wrong}.items() for word in item]
+        with pytest.raises(SystemExit, match="2"):
+            main(["1", *arguments])
+        assert f"{option} {wrong}: no such folder can be made" in capsys.readouterr().err
+
+
+def test_a_part_that_has_found_nothing_is_skipped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.quarter_hour", "2", "--dry-run", "--seconds", "2.6"]
+    process = started(ROOT, [*command, "--out", str(tmp_path), "--work", str(tmp_path / "work")])
+    process.communicate(timeout=60)
+    lines = read_lines(tmp_path / "findings.jsonl")[0]
+    assert {line["outcome"] for line in lines} == {"skipped"} and process.returncode == 1
+    assert lines[-1]["figures"] == {"ok": 0, "failed": 0, "skipped": len(lines) - 1}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("dry", "outcome"), [([], "failed"), (["--dry-run"], "ok")])
+def test_a_machine_without_a_gpu_fails_its_checks(dry: list[str], outcome: str, tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    assert checks.main([*dry, "device", "tbe", "--findings", str(file)]) == 0
+    records = {record["name"]: record for record in read_lines(file)[0]}
+    assert outcomes(records) == {"device": outcome, "tbe": outcome}
+    if not dry:
+        assert all("finds no GPU" in record["reason"] for record in records.values())
 
 
 def test_a_terminal_that_has_gone_stops_nothing(tmp_path: Path) -> None:
