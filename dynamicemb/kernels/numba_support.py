@@ -21,6 +21,7 @@ from dynamicemb.kernels.numba_cache import kernel_cache
 
 __all__ = [
     "MIN_ITEMS_PER_THREAD",
+    "arithmetic",
     "as_bytes",
     "as_float32",
     "as_int64",
@@ -57,6 +58,10 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 #: For functions called from kernels: compiled into them. Python must not call them: the wrappers for that, a fifth of
 #: what there was to compile, are left out.
 inline = numba.njit(inline="never", no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
+
+#: As ``inline``, for arithmetic in a loop over values: LLVM copies it to the caller whatever its size, without which no
+#: loop around it is vectorised.
+arithmetic = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 #: Several ranges for each thread, so that nobody waits long for one that was woken late or shares its core.
 _RANGES_PER_THREAD = 4

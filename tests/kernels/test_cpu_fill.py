@@ -178,6 +178,14 @@ def test_quantile_over_everything_that_a_word_can_give() -> None:
     np.testing.assert_array_equal(actual.astype(np.float32), oracle_values.normal_quantile(p).astype(np.float32))
 
 
+def test_quantiles_of_probabilities_that_have_few_bits() -> None:
+    """Bounds of a truncated distribution may lie where probabilities are subnormal: 37.5 deviations from the mean."""
+    least_normal = np.finfo(np.float64).smallest_normal
+    p = np.array([5e-324, 1e-320, 3e-310, np.nextafter(least_normal, 0), least_normal, 1e-307, 1e-200, 1e-20])
+    np.testing.assert_array_equal(quantiles(p).astype(np.float32), oracle_values.normal_quantile(p).astype(np.float32))
+    assert (np.diff(quantiles(p)) >= 0).all() and quantiles(p)[0] < -38
+
+
 def test_distributions_have_their_moments() -> None:
     keys, tables = torch.arange(15_625), torch.zeros(15_625, dtype=torch.int32)
 

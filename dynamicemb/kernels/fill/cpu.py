@@ -22,6 +22,7 @@ from dynamicemb.kernels.fill import (
 from dynamicemb.kernels.fill.philox_cpu import BLOCKS, philox_blocks
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
 from dynamicemb.kernels.numba_support import (
+    arithmetic,
     as_float32,
     as_uint32,
     inline,
@@ -41,16 +42,22 @@ _TRUNCATED_NORMAL = np.int32(FillMode.TRUNCATED_NORMAL)
 _WORDS = 4 * BLOCKS
 #: Scratch memory of :func:`first_values`.
 WORDS_BYTES = 4 * _WORDS
-_CENTRE_A, _CENTRE_B = np.array(QUANTILE_CENTRE_A), np.array(QUANTILE_CENTRE_B)
-_TAIL_C, _TAIL_D = np.array(QUANTILE_TAIL_C), np.array(QUANTILE_TAIL_D)
+_LEAST_NORMAL = 2.2250738585072014e-308  # of float64
+_TWO_TO_54 = 2.0**54
 
 
-@inline
+@arithmetic
 def _logarithm(p):
-    fraction, exponent = math.frexp(p)
+    """Natural logarithm of ``p`` in [0, 1]. Without a branch or a call (``frexp`` is one), and so for all lanes of a
+    vector at once."""
+    subnormal = p < _LEAST_NORMAL
+    bits = np.float64(p * _TWO_TO_54 if subnormal else p).view(np.int64)
+    exponent = (bits >> 52) - (1022 + 54 if subnormal else 1022)
+    fraction = np.int64((bits & 0x000FFFFFFFFFFFFF) | 0x3FE0000000000000).view(np.float64)  # from 0.5 to below 1
+    if p == 0.0:
+        exponent, fraction = np.int64(0), np.float64(0.0)
     if fraction < SQRT_HALF:
-        fraction = fraction * 2.0
-        exponent -= 1
+        exponent, fraction = exponent - 1, fraction * 2.0
     s = (fraction - 1.0) / (fraction + 1.0)
     square = s * s
     series = 1.0 / (2 * LOG_TERMS - 1)
@@ -59,33 +66,28 @@ def _logarithm(p):
     return exponent * LN_2 + 2.0 * (s * series)
 
 
-@inline
+@arithmetic
 def _horner(coefficients, x):
+    """``coefficients`` is a tuple: an array would be read from memory, number by number."""
     value = coefficients[0]
-    for i in range(1, coefficients.size):
+    for i in range(1, len(coefficients)):
         value = value * x + coefficients[i]
     return value
 
 
-@inline
-def _tail_quantile(p):
-    q = math.sqrt(-2.0 * _logarithm(p))
-    return _horner(_TAIL_C, q) / (_horner(_TAIL_D, q) * q + 1.0)
-
-
-@inline
+@arithmetic
 def quantile(p):
-    """Quantile of the standard normal distribution."""
-    if p < QUANTILE_TAIL:
-        return _tail_quantile(p)
-    if p > 1.0 - QUANTILE_TAIL:
-        return -_tail_quantile(1.0 - p)
-    q = p - 0.5
-    r = q * q
-    return _horner(_CENTRE_A, r) * q / (_horner(_CENTRE_B, r) * r + 1.0)
+    """Quantile of the standard normal distribution; all of its parts, of which one is taken, without a branch."""
+    upper = p > 1.0 - QUANTILE_TAIL
+    q = math.sqrt(-2.0 * _logarithm(1.0 - p if upper else p))
+    tail = _horner(QUANTILE_TAIL_C, q) / (_horner(QUANTILE_TAIL_D, q) * q + 1.0)
+    centred = p - 0.5
+    r = centred * centred
+    centre = _horner(QUANTILE_CENTRE_A, r) * centred / (_horner(QUANTILE_CENTRE_B, r) * r + 1.0)
+    return tail if p < QUANTILE_TAIL else -tail if upper else centre
 
 
-@inline
+@arithmetic
 def _probability(word):
     return (np.float64(word) + 0.5) * 2.3283064365386963e-10  # 2**-32
 
@@ -107,12 +109,10 @@ def first_values(key, seed, mode, parameters, out, dim, words):
         if mode == _UNIFORM:
             for i in range(count):
                 values[first + i] = np.float32(p0 + (p1 - p0) * _probability(words_here[i]))
-        elif mode == _NORMAL:
-            for i in range(count):
-                values[first + i] = np.float32(p0 + p1 * quantile(_probability(words_here[i])))
         else:
+            lowest, width = (0.0, 1.0) if mode == _NORMAL else (p2, p3 - p2)
             for i in range(count):
-                p = p2 + (p3 - p2) * _probability(words_here[i])
+                p = lowest + width * _probability(words_here[i])
                 values[first + i] = np.float32(p0 + p1 * quantile(p))
 
 
