@@ -22,8 +22,9 @@ from figures import CheckError, Figure, Findings, Target
 from host import MemoryCosts
 from reference import FBGEMM_MILLISECONDS, REASON, backward_milliseconds, forward_milliseconds
 from timing import Contender, Laps, interleaved, milliseconds, ratio
-from workload import LEARNING_RATE, DynamicTable, PowerLaw, mean_unique, roomy_capacity
+from workload import INITIAL_BOUND, LEARNING_RATE, DynamicTable, PowerLaw, mean_unique, roomy_capacity
 
+from dynamicemb import DynamicEmbInitializerArgs, DynamicEmbInitializerMode
 from dynamicemb.kernels.layout import OptimizerKind
 from dynamicemb.table.optimizers import OptimizerConfig
 
@@ -41,6 +42,17 @@ CHECK_STEPS = 3
 STEP_TARGET, FORWARD_TARGET = 4.0, 1.0
 #: Batches that the rounds take turns with: enough that no batch finds the rows of the one before it in a small cache.
 BATCHES = 16
+
+#: What absent ids read as in evaluation, their share of the ids, and how much longer an evaluation with an initializer
+#: may take if there are none.
+ZEROS_NAME = "zeros"
+EVALUATION_INITIALIZERS = {
+    ZEROS_NAME: None,
+    "uniform": DynamicEmbInitializerArgs(lower=-INITIAL_BOUND, upper=INITIAL_BOUND),
+    "normal": DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.NORMAL),
+}
+ABSENT_PERCENT = (0, 1, 10)
+EVALUATION_TARGET = 1.1
 
 FBGEMM_OPTIMIZERS = {
     OptimizerKind.SGD: OptimType.EXACT_SGD,
@@ -161,8 +173,53 @@ def _figures(
     return figures
 
 
+def _read(table: DynamicTable, batches: list[torch.Tensor]) -> Contender:
+    def read(index: int) -> Laps:
+        start = time.perf_counter()
+        table.read(batches[index % len(batches)])
+        return {"evaluation": time.perf_counter() - start}
+
+    return read
+
+
+def _check_evaluation(tables: dict[str, DynamicTable], batch: torch.Tensor, absent: torch.Tensor) -> None:
+    rows = {name: table.read(batch) for name, table in tables.items()}
+    for name, table_rows in rows.items():
+        if not torch.equal(table_rows[~absent], rows[ZEROS_NAME][~absent]):
+            raise CheckError(f"rows in evaluation depend on the initializer for absent ids: {name}")
+        if absent.any() and bool(table_rows[absent].any()) != (name != ZEROS_NAME):
+            raise CheckError(f"absent ids do not read as the initializer says: {name}")
+
+
+def _measure_evaluation(size: Size, law: PowerLaw) -> tuple[list[Figure], dict[str, list[float]]]:
+    """Evaluation with and without an initializer for absent ids, for some shares of those."""
+    optimizer, capacity = OptimizerConfig(OptimizerKind.SGD, LEARNING_RATE), roomy_capacity(size.rows)
+    tables = {
+        name: DynamicTable(size.dim, capacity, optimizer, eval_initializer=initializer)
+        for name, initializer in EVALUATION_INITIALIZERS.items()
+    }
+    for table in tables.values():
+        table.fill(law.every_id(), size.ids)
+    figures: list[Figure] = []
+    series: dict[str, list[float]] = {}
+    for percent in ABSENT_PERCENT:
+        absent = torch.rand(size.ids, generator=torch.Generator().manual_seed(percent)) < percent / 100
+        batches = [torch.where(absent, law.draw(size.ids) + size.rows, law.draw(size.ids)) for _ in range(BATCHES)]
+        _check_evaluation(tables, batches[0], absent)
+        laps = interleaved({name: _read(table, batches) for name, table in tables.items()}, size.rounds, size.warm_up)
+        case = f"evaluation, {percent} % of the ids absent"
+        figures.append(Figure(f"{case}: zeros", "ms", milliseconds(laps[ZEROS_NAME])))
+        figures += [
+            Figure(f"{case}: {name} / zeros", "×", ratio(laps[name], laps[ZEROS_NAME]),
+                   target=None if percent else Target(EVALUATION_TARGET, at_least=False))
+            for name in tables if name != ZEROS_NAME
+        ]  # fmt: skip
+        series |= {f"{case}, {name}, ms": [1e3 * lap["evaluation"] for lap in laps[name]] for name in tables}
+    return figures, series
+
+
 def measure(size: Size) -> Findings:
-    """Measures every optimizer; fbgemm has no Adam on the CPU.
+    """Measures every optimizer, of which fbgemm has no Adam on the CPU, and evaluation.
 
     Raises:
         CheckError: the two sides do not give the same rows.
@@ -175,16 +232,19 @@ def measure(size: Size) -> Findings:
         more_figures, more_series = _measure_optimizer(size, kind, law, costs)
         figures += more_figures
         series |= more_series
+    more_figures, more_series = _measure_evaluation(size, law)
+    figures += more_figures
+    series |= more_series
     return Findings(
         name="table_step",
         title="A training step of one table, beside fbgemm's table-batched embedding",
         setup=(
             f"{size.threads} threads, dim {size.dim}, {size.ids:,} ids a step from a power law over {size.rows:,} ids, "
-            f"all of them in the table; both sides in turn, {size.rounds} rounds after {size.warm_up}."
+            f"all of them in the table unless said; all sides in turn, {size.rounds} rounds after {size.warm_up}."
         ),
         check=(
             f"Rows of the first step equal bit for bit, of the {CHECK_STEPS - 1} after it within {CHECK_RTOL:g}; "
-            "nothing evicted."
+            "nothing evicted. In evaluation absent ids alone read as the initializer says."
         ),
         figures=figures,
         series=series,

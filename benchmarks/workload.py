@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dynamicemb import DynamicEmbEvictStrategy, DynamicEmbInitializerArgs
+from dynamicemb import DynamicEmbEvictStrategy, DynamicEmbInitializerArgs, DynamicEmbInitializerMode
 from dynamicemb.table.config import TableConfig
 from dynamicemb.table.function import lookup
 from dynamicemb.table.group import TableGroup
@@ -31,6 +31,7 @@ POWER_LAW_EXPONENT = 1.05
 LEARNING_RATE = 0.05
 #: Bounds of the first values of a row.
 INITIAL_BOUND = 0.001
+ZEROS = DynamicEmbInitializerArgs(mode=DynamicEmbInitializerMode.CONSTANT)
 
 Numbers = TypeVar("Numbers", np.ndarray, torch.Tensor)
 
@@ -99,6 +100,7 @@ class DynamicTable:
         optimizer: update rule.
         init_capacity: rows that fit at first; None: all of them.
         strategy: meaning of the scores.
+        eval_initializer: what an absent id reads as; None: zeros.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class DynamicTable:
         optimizer: OptimizerConfig,
         init_capacity: int | None = None,
         strategy: DynamicEmbEvictStrategy = DynamicEmbEvictStrategy.LRU,
+        eval_initializer: DynamicEmbInitializerArgs | None = None,
     ) -> None:
         initializer = DynamicEmbInitializerArgs(lower=-INITIAL_BOUND, upper=INITIAL_BOUND)
         config = TableConfig(
@@ -117,6 +120,7 @@ class DynamicTable:
             init_capacity=capacity if init_capacity is None else init_capacity,
             evict_strategy=strategy,
             initializer=initializer,
+            eval_initializer=eval_initializer or ZEROS,
             optimizer=optimizer,
         )
         self.group = TableGroup([config], world_size=1, device=torch.device("cpu"))
@@ -127,7 +131,7 @@ class DynamicTable:
         return lookup(self.group, self._anchor, ids, _first_table(ids), None, training=True)
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of ``ids``, changing nothing; an absent id reads as zeros."""
+        """Rows of ``ids``, changing nothing."""
         return lookup(self.group, self._anchor, ids, _first_table(ids), None, training=False)
 
     def fill(self, ids: torch.Tensor, step_ids: int) -> None:
