@@ -19,8 +19,11 @@ STATUS = Path("/proc/self/status")
 
 
 def memory_bytes(name: str) -> int:
-    """``VmRSS`` (resident) or ``VmSize`` (allocated, whether written to or not), or the greatest so far of one of them:
-    ``VmHWM``, ``VmPeak``."""
+    """``VmRSS``, which is resident now, or ``VmHWM``, the most that has been so far.
+
+    Not ``VmPeak``, the most that was ever mapped: a thread that allocates for the first time gets an arena of its own,
+    which maps 128 MiB without writing to them, and the process has threads that we do not start.
+    """
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
@@ -35,7 +38,7 @@ def fill_table(rank: int, world_size: int, init_rows: int) -> dict[str, int]:
     rows, lookup = small.train_lookup(keys[:BATCH], tables)
     small.apply_gradients(lookup, rows)
     del small, rows, lookup
-    before = {name: memory_bytes(now) for name, now in {"VmHWM": "VmRSS", "VmPeak": "VmSize", "VmRSS": "VmRSS"}.items()}
+    before = memory_bytes("VmRSS")
     group = group_of(config(capacity=2 * ROWS, init_capacity=init_rows, **options))
     for batch in keys.split(BATCH):
         rows, lookup = group.train_lookup(batch, tables)
@@ -47,7 +50,7 @@ def fill_table(rank: int, world_size: int, init_rows: int) -> dict[str, int]:
     for chunk in group.storage.chunks[0]:
         for array in (chunk.keys, chunk.scores, chunk.rows):
             array[::4] += 0
-    return {name: memory_bytes(name) - first for name, first in before.items()}
+    return {name: memory_bytes(name) - before for name in ("VmRSS", "VmHWM")}
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="needs /proc")
@@ -58,4 +61,4 @@ def test_peak_memory(init_rows: int) -> None:
     needed = 2 * ROWS * (17 + 2 * DIM * 4)
     limit = tolerances.PEAK_MEMORY_FACTOR * needed
     assert added["VmRSS"] >= needed, "the measurement sees the table"
-    assert added["VmHWM"] <= limit and added["VmPeak"] <= limit
+    assert added["VmHWM"] <= limit
