@@ -5,6 +5,7 @@ A table has a few such accesses for each row. They explain how its time for a ro
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
 import resource
@@ -67,7 +68,8 @@ class PageCosts:
 def _fresh_words(huge: bool, num_bytes: int) -> np.ndarray:
     """int64, of memory that nobody has used yet, from the beginning of a huge page on."""
     mapped = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapped.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    with contextlib.suppress(OSError):  # of a kernel that has small pages only
+        mapped.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     words = np.frombuffer(mapped, np.int64)
     return words[-words.ctypes.data % HUGE_PAGE_BYTES // 8 :][: num_bytes // 8]
 
