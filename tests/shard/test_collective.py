@@ -91,11 +91,12 @@ def test_a_call_on_one_rank_alone_is_an_error_and_not_a_hang(tmp_path: Path) -> 
 
 def _others_go_on(rank: int, world_size: int) -> float:
     """What the others do meanwhile, in collectives of the same group, is taken for no answer."""
-    group = dist.new_group(timeout=datetime.timedelta(seconds=3))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=10))
     module = _model(group)
+    dist.barrier()  # of the default group, which has time: from here on the ranks are together
     start = time.monotonic()
     if rank == 0:
-        with pytest.raises(CollectiveError, match=r"state_dict\(\) .*within 3 s .*rank 1 did not"):
+        with pytest.raises(CollectiveError, match=r"state_dict\(\) .*within 10 s .*rank 1 did not"):
             module.state_dict()
         return time.monotonic() - start
     with pytest.raises(RuntimeError, match=r"(?i)timed out|closed"):
@@ -105,7 +106,7 @@ def _others_go_on(rank: int, world_size: int) -> float:
 
 def test_the_time_out_is_that_of_the_group_whatever_the_others_do() -> None:
     waited, _ = run_on_ranks(2, _others_go_on)
-    assert 2.9 < waited < 30
+    assert 9.9 < waited < 60
 
 
 def _different_calls(rank: int, world_size: int) -> str:
@@ -113,7 +114,7 @@ def _different_calls(rank: int, world_size: int) -> str:
     module = _model(group)
     state = module.state_dict()
     dist.barrier()
-    collective._time_out = lambda _: datetime.timedelta(seconds=0.5)  # type: ignore[assignment]
+    collective._time_out = lambda _: datetime.timedelta(seconds=5)  # type: ignore[assignment]
     with pytest.raises(CollectiveError) as caught:
         module.state_dict() if rank == 0 else module.load_state_dict(state)
     return str(caught.value)
@@ -141,7 +142,8 @@ def test_meetings_leave_nothing_behind() -> None:
 
 
 def _dies_in_the_middle(rank: int, world_size: int) -> None:
-    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=5))
+    dist.barrier()  # of the default group, which has time: from here on the ranks are together
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DynamicEmbWarning)
         if rank == 1:
