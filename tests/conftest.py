@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 # Before torch is imported: two threads on any machine. The tests' work is small, and many start several processes.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -10,6 +12,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 from hypothesis import settings
+
+# Before typer and rich are imported: by these a user, or GitHub, asks for colours or a width, and tests read what the
+# programs write where nobody has asked for anything. Processes that tests start inherit that.
+for _name in (
+    "CLICOLOR_FORCE", "COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "LINES", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH",
+    "TTY_COMPATIBLE", "TTY_INTERACTIVE",
+):  # fmt: skip
+    os.environ.pop(_name, None)
+
+
+def _use_triton_cache() -> None:
+    """Triton keeps what it compiles below the home folder. Where that cannot be written to: in the temporary folder."""
+    if "TRITON_CACHE_DIR" in os.environ:
+        return
+    try:
+        default = Path(os.environ.get("TRITON_HOME") or Path.home(), ".triton", "cache")
+        default.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=default).close()
+    except (OSError, RuntimeError):  # RuntimeError: nobody says where the home folder is
+        os.environ["TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}")
+
+
+_use_triton_cache()
 
 # No deadline: the first call of a kernel compiles it. Derandomised: a rerun must not turn red to green.
 settings.register_profile("dynamicemb", deadline=None, derandomize=True)
