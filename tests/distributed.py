@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.processes import TIMEOUT_SECONDS
+
 __all__ = ["run_on_ranks"]
 
 #: A collective that does not end within this time has hung, and fails.
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
-#: Seconds that a function may take; the first launch also waits for every kernel to be compiled.
-RUN_TIMEOUT_SECONDS = 300
 
 
 def _rank_main(
@@ -96,7 +96,7 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any,
 
 
 def _next_result(results: Any, processes: Sequence[multiprocessing.process.BaseProcess]) -> tuple[int, bytes]:
-    deadline = time.monotonic() + RUN_TIMEOUT_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS  # the first launch also waits for every kernel to be compiled
     while time.monotonic() < deadline:
         dead = [process.exitcode for process in processes if process.exitcode]
         try:
@@ -106,4 +106,4 @@ def _next_result(results: Any, processes: Sequence[multiprocessing.process.BaseP
             continue
         assert succeeded, f"rank {rank} failed:\n{result}"
         return rank, result
-    raise AssertionError(f"the ranks did not end within {RUN_TIMEOUT_SECONDS} seconds")
+    raise AssertionError(f"the ranks did not end within {TIMEOUT_SECONDS} seconds")

@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from dynamicemb.checkpoint.files import staging
 from dynamicemb.checkpoint.files.reader import Checkpoint
 from tests.checkpoint.models import contents, digests, model, train
 from tests.distributed import run_on_ranks
-from tests.processes import kill_tree
+from tests.processes import kill_tree, torchrun
 
 #: Every way in which a dump changes what is on disk.
 SYSTEM_CALLS = ("open", "pwrite", "fsync", "posix_fallocate", "mkdir", "rename", "unlink", "rmdir")
@@ -128,7 +127,7 @@ def test_real_processes_killed_at_random_times(tmp_path: Path) -> None:
     program.write_text(PROGRAM.format(root=str(Path(__file__).parents[2]), path=str(path)))
     generator = random.Random(4)
     for round_number in range(3):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+        command = [*torchrun(2), str(program)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from dynamicemb.cli import main, model
-from tests.processes import python_path
+from tests.processes import C10D_ERRORS_ONLY, TIMEOUT_SECONDS, python_path, torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,12 +60,14 @@ def dynamicemb(*arguments: object, columns: int = 80) -> Result:
 
 def process(*arguments: object, ranks: int = 0, cwd: Path = ROOT) -> Result:
     """Runs ``python -m dynamicemb`` in ``cwd``, or so many ranks of it under torchrun."""
-    start = [sys.executable, "-m", "dynamicemb"]
-    if ranks:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        start = [sys.executable, *launcher, "-m", "dynamicemb"]
+    start = torchrun(ranks) if ranks else [sys.executable]
     environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*start, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment, timeout=240
+        [*start, "-m", "dynamicemb", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**environment, **(C10D_ERRORS_ONLY if ranks else {})},  # without torchrun, our launcher asks for that
+        timeout=TIMEOUT_SECONDS,
     )
     return Result(done.returncode, done.stdout, done.stderr)

@@ -11,6 +11,7 @@ import pytest
 from tests.checkpoint.histories import History, files
 from tests.cli.checkpoints import file, flip, table, write
 from tests.cli.command import ROOT, Result, dynamicemb, process
+from tests.processes import TIMEOUT_SECONDS
 
 VERBS = ("inspect", "verify", "diff", "get", "convert", "merge", "dump", "load")
 
@@ -87,7 +88,7 @@ def test_verbs_as_real_processes(path: Path, tmp_path: Path) -> None:
 
 def test_a_reader_that_stops_early(path: Path) -> None:
     command = f"{sys.executable} -m dynamicemb inspect {path} | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_SECONDS)
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr and "Broken" not in done.stderr
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli.checkpoints import table, write
 from tests.cli.command import ROOT, Result, dynamicemb, process
+from tests.processes import TIMEOUT_SECONDS
 
 pytestmark = pytest.mark.slow  # real ranks, each of which imports everything
 
@@ -101,7 +102,7 @@ def test_a_function_with_its_own_group_and_chosen_tables(dumped: Path, tmp_path:
         ["load", "--model", part, "--path", str(dumped), "--collection", "model"],
     ]
     arguments = [sys.executable, "-c", code, json.dumps(environment), json.dumps(calls)]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_SECONDS)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert [result["code"] for result in results] == [0, 0, 1, 2, 1, 2, 0, 1, 0, 1, 1, 2], results

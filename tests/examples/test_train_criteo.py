@@ -14,7 +14,7 @@ import pytest
 from generated_rows import generate
 from rows import CATEGORICAL, DENSE
 
-from tests.processes import python_path
+from tests.processes import C10D_ERRORS_ONLY, TIMEOUT_SECONDS, python_path, torchrun
 
 pytestmark = pytest.mark.slow  # processes that train
 
@@ -27,18 +27,19 @@ def _demo(
     world_size: int, *arguments: object, gpus: str = "", program: str | Path = "examples/train_criteo.py"
 ) -> subprocess.CompletedProcess[str]:
     """Runs the demo on the CPU, or on the GPUs with the numbers ``gpus``; several ranks as it starts them itself."""
-    return _run([str(program), *(["--ranks", str(world_size)] if world_size > 1 else [])], *arguments, gpus=gpus)
+    ranks = ["--ranks", str(world_size)] if world_size > 1 else []
+    return _run([sys.executable, str(program), *ranks], *arguments, gpus=gpus)
 
 
-def _run(program: list[str], *arguments: object, gpus: str = "") -> subprocess.CompletedProcess[str]:
+def _run(start: list[str], *arguments: object, gpus: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus}
     return subprocess.run(
-        [sys.executable, *program, *map(str, arguments)],
+        [*start, *map(str, arguments)],
         cwd=ROOT,
-        env=environment,
+        env={**environment, **C10D_ERRORS_ONLY},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=TIMEOUT_SECONDS,
     )
 
 
@@ -110,7 +111,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 def test_a_generated_log_needs_no_pyarrow(tmp_path):
     program = "import runpy, sys; sys.modules['pyarrow'] = None; sys.path.insert(0, 'examples'); "
     program += "runpy.run_path('examples/train_criteo.py', run_name='__main__')"
-    finished = _run(["-c", program], "--rows", 200, "--summary", tmp_path / "summary.json")
+    finished = _run([sys.executable, "-c", program], "--rows", 200, "--summary", tmp_path / "summary.json")
     assert finished.returncode == 0, finished.stderr
     assert json.loads((tmp_path / "summary.json").read_text())["rows"] == 180
 
@@ -164,8 +165,7 @@ def test_a_malformed_row_found_during_training_is_said_once(tmp_path):
 
 
 def test_torchrun_ends_its_report_with_the_error():
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "examples/train_criteo.py"]
-    finished = _run(launcher, "--ranks", 3)
+    finished = _run([*torchrun(2), "examples/train_criteo.py"], "--ranks", 3)
     assert finished.returncode == 1
     message = "error: --ranks 3: torchrun has started 2 processes; leave the option out"
     assert finished.stderr.splitlines()[0] == message and finished.stderr.count(f"\n{message}\n") == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,20 @@ import pytest
 
 from tests import tolerances
 from tests.gpu.scale import SCALES, Scale
-from tests.processes import python_path
+from tests.processes import TIMEOUT_SECONDS, python_path, torchrun
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What happened to the keys of a table: decided by the ids alone, so both engines must say the same.
 COUNTED = ("size", "capacity", "hits", "misses", "evicted", "refused")
-TIMEOUT_SECONDS = 280
 
 
 def start(gpus: str, summary: Path, rows: int) -> subprocess.Popen[str]:
     """The demo in one process of torchrun, on the GPUs with these numbers; none: on the CPU."""
     environment = {**os.environ, "PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": gpus}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     # Half of the tables are full of 512 rows after a few thousand rows of the log.
     arguments = ["--rows", str(rows), "--capacity", "512", "--score", "lfu", "--summary", str(summary)]
     return subprocess.Popen(
-        [*launcher, "examples/train_criteo.py", *arguments],
+        [*torchrun(1), "examples/train_criteo.py", *arguments],
         cwd=ROOT,
         env={**environment, "OMP_NUM_THREADS": "2"},
         stdout=subprocess.PIPE,

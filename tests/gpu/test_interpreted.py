@@ -13,6 +13,7 @@ import pytest
 from dynamicemb.kernels.engine import ENGINE_VARIABLE
 from tests.gpu.scale import INTERPRETED
 from tests.interpreter import needs_interpreter
+from tests.processes import TIMEOUT_SECONDS
 
 HERE = Path(__file__).parent
 #: The narrowest rows with every optimizer, policy and dtype.
@@ -31,7 +32,7 @@ def test_scenarios() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=TIMEOUT_SECONDS,
     )
     assert process.returncode == 0, f"{process.stdout[-6000:]}\n{process.stderr[-2000:]}"
     passed = re.search(r"(\d+) passed, \d+ deselected", process.stdout)

@@ -12,6 +12,7 @@ import pytest
 
 from dynamicemb.kernels.engine import ENGINE_VARIABLE
 from tests.interpreter import needs_interpreter
+from tests.processes import TIMEOUT_SECONDS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -43,7 +44,9 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     environment.pop(ENGINE_VARIABLE, None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     command += [str(HERE / f"{module}.py") for module in MODULES if module in wanted]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    process = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+    )
     assert process.returncode in (0, 1), f"{process.stdout[-4000:]}\n{process.stderr[-4000:]}"
     return list(ElementTree.parse(report).iter("testcase"))
 

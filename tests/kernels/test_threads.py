@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dynamicemb.kernels.numba_support import parallel_for
+from tests.processes import TIMEOUT_SECONDS
 
 #: The parent has used its pool, and holds the pool's lock while it forks, as another of its threads may.
 _FORK = """
@@ -46,7 +47,7 @@ print("parent", len(used()))
 
 def test_a_forked_process_has_a_pool_of_its_own() -> None:
     """The threads of the parent's pool are not there, and the lock that it held is never given back."""
-    ended = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == ["child", "2", "parent", "2"]
 
