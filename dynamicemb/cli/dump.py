@@ -32,11 +32,12 @@ def dump(
 
     [bold]Example:[/bold] dynamicemb dump --ranks 2 --model train:sharded_model --path /data/ckpt
     """
-    from dynamicemb.checkpoint.dump import DynamicEmbDump
     from dynamicemb.cli.model import chosen_tables, is_first_rank, on_ranks, sharded_model
+
+    on_ranks(ranks)  # before torch is imported, which reads what it may say only once
+    from dynamicemb.checkpoint.dump import DynamicEmbDump
     from dynamicemb.cli.result import dumped_tables, show_tables
 
-    on_ranks(ranks)
     with sharded_model(model) as sharded:
         names = chosen_tables(tables, sharded)
         started = time.perf_counter()

@@ -31,12 +31,17 @@ def launch(ranks: int, command: Sequence[str]) -> int:
     """Runs ``python command...`` in so many processes on this machine, with the environment that torchrun sets.
 
     Each gets an equal share of the processors, unless ``OMP_NUM_THREADS`` says how many threads it may have. As soon as
-    one ends with an error, the others are ended, too.
+    one ends with an error, the others are ended, too. They meet on this machine's loopback, so that nobody needs to
+    resolve its name.
+
+    Warnings of torch's C++ libraries are left out, unless ``TORCH_CPP_LOG_LEVEL`` asks for them: where no name service
+    answers, c10d has one for each connection. Those of this process itself are shown if it has imported torch before.
 
     Returns:
         the exit code: 0 if all ranks ended with 0, else that of the first one that did not; 128 and the signal's number
         if a signal ended it, which is said on stderr, since the rank could not say anything itself.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -55,6 +60,7 @@ def launch(ranks: int, command: Sequence[str]) -> int:
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",
         max_restarts=0,
     )
     try:

@@ -39,11 +39,12 @@ def load(
 
     [bold]Example:[/bold] dynamicemb load --ranks 2 --model train:sharded_model --path /data/ckpt
     """
-    from dynamicemb.checkpoint.load import DynamicEmbLoad
     from dynamicemb.cli.model import chosen_tables, is_first_rank, on_ranks, renamed_collections, sharded_model
+
+    on_ranks(ranks)  # before torch is imported, which reads what it may say only once
+    from dynamicemb.checkpoint.load import DynamicEmbLoad
     from dynamicemb.cli.result import loaded_tables, show_tables
 
-    on_ranks(ranks)
     with sharded_model(model) as sharded:
         names, renamed = chosen_tables(tables, sharded), renamed_collections(collections, sharded)
         started = time.perf_counter()

@@ -15,20 +15,32 @@ from dynamicemb.cli.console import warn
 from dynamicemb.cli.launch import record_failure
 from dynamicemb.cli.quiet import quieten_libraries
 from tests.cli.command import ROOT
+from tests.processes import TIMEOUT_SECONDS
 
 RANKS = """
 import os, signal, sys, time
 sys.stdout.write(f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}, {os.environ['OMP_NUM_THREADS']} threads\\n")
-if os.environ["RANK"] == "1":
-    sys.exit(3) if sys.argv[1] == "exit" else os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "kill" else None
+how, spoken = sys.argv[1:]
+if os.environ["RANK"] == "0":
+    open(spoken, "w").close()
+    time.sleep(0 if how == "well" else 600)
     sys.exit()
-time.sleep(0 if sys.argv[1] == "well" else 60)
+while not os.path.exists(spoken):  # the end of this rank ends the other one
+    time.sleep(0.01)
+sys.exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL) if how == "kill" else sys.exit()
+"""
+#: The machine's name is another one than the ranks are to use: not one that nobody can resolve, with which they hang.
+LAUNCH = """
+import socket, sys
+from dynamicemb.cli.launch import launch
+socket.getfqdn = lambda *_: "127.0.0.1"
+sys.exit(launch(2, ["-c", *sys.argv[1:]]))
 """
 
 
-def _launched(how: str) -> subprocess.CompletedProcess[str]:
-    code = f"import sys; from dynamicemb.cli.launch import launch; sys.exit(launch(2, ['-c', {RANKS!r}, {how!r}]))"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+def _launched(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LAUNCH, program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_SECONDS)
 
 
 @pytest.mark.parametrize(
@@ -39,11 +51,24 @@ def _launched(how: str) -> subprocess.CompletedProcess[str]:
         ("kill", 137, "error: rank 1 was ended by SIGKILL; the system ends processes so when memory runs out\n"),
     ],
 )
-def test_the_end_of_ranks(monkeypatch: pytest.MonkeyPatch, how: str, code: int, err: str) -> None:
+def test_the_end_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str, code: int, err: str) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    done = _launched(how)
+    done = _launched(RANKS, how, tmp_path / "spoken")
     assert (done.returncode, done.stderr) == (code, err)
     assert sorted(done.stdout.splitlines()) == ["0 of 2, 7 threads", "1 of 2, 7 threads"]
+
+
+@pytest.mark.parametrize("level", ["", "INFO"])
+def test_ranks_meet_without_a_name_service_and_without_its_warnings(
+    monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    if level:
+        monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", level)
+    program = "import os, sys; sys.stdout.write('{MASTER_ADDR} {TORCH_CPP_LOG_LEVEL}\\n'.format_map(os.environ))"
+    done = _launched(program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"localhost {level or 'ERROR'}"] * 2
 
 
 def test_what_torchrun_finds_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,5 +116,7 @@ def test_importing_the_library_changes_no_filter() -> None:
         "import dynamicemb.shard, dynamicemb.planner, dynamicemb.checkpoint.load, dynamicemb.cli; "
         "print(warnings.filters == before, logging.getLogger('torchrec.distributed.planner').level)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=TIMEOUT_SECONDS
+    )
     assert done.stdout == "True 0\n", done.stderr
