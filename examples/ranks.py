@@ -14,7 +14,7 @@ from dynamicemb.cli.launch import record_failure
 from dynamicemb.errors import ConfigError
 
 #: How long a rank that failed waits for rank 0 to have said so, before it speaks itself.
-REPORT_TIMEOUT = datetime.timedelta(seconds=5)
+REPORT_TIMEOUT = datetime.timedelta(seconds=10)
 _REPORTED = "error reported"
 
 
