@@ -18,19 +18,17 @@ import contextlib
 import math
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from .journal import FAILED, OK, SKIPPED, Journal
+from .journal import FAILED, INTERRUPTED, OK, SKIPPED, Interruption, Journal
 from .parts import SECONDS, Place, background, stages
 from .processes import adopt_orphans
 from .snapshots import Snapshots
-from .stages import INTERRUPTED, Session, Stage, run_stage
+from .stages import Session, Stage, run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Of the time: for ending what runs, and for the last archive.
@@ -107,11 +105,6 @@ def run(given: Sequence[Stage], beside: Sequence[Stage], session: Session) -> No
                 thread.join(CLOSING_SECONDS)
 
 
-def _interrupted(*_: Any) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough, and what follows has to be finished
-    raise SystemExit(INTERRUPTED)
-
-
 def main(arguments: Sequence[str]) -> int:
     """The exit status."""
     began = time.monotonic()
@@ -123,9 +116,10 @@ def main(arguments: Sequence[str]) -> int:
     for folder in (results, work / "triton"):
         folder.mkdir(exist_ok=True)
     place = Place(options.bundle.resolve(), work, results, options.dry_run)
-    journal = Journal(out / "findings.jsonl", options.part)
+    interruption = Interruption()
+    journal = Journal(out / "findings.jsonl", options.part, interruption.held)
     adopt_orphans()
-    signal.signal(signal.SIGTERM, _interrupted)
+    interruption.install()
     session = Session(
         journal, results, ROOT, environment(work), began + seconds - CLOSING_SECONDS, work / "triton"
     )  # fmt: skip

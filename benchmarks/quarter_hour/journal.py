@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FAILED", "OK", "SKIPPED", "START_ANEW", "Journal", "append_line", "read_lines"]
+__all__ = [
+    "FAILED", "INTERRUPTED", "OK", "SKIPPED", "START_ANEW", "Interruption", "Journal", "append_line", "read_lines",
+]  # fmt: skip
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
+#: Why a stage has not come to its end, or has not begun, if somebody has ended the command.
+INTERRUPTED = "interrupted"
 #: Exit status of a process that can find nothing more itself, through no fault of what was to come: it lost the device.
 START_ANEW = 75
 #: Of one finding: characters of its reason, of which both ends are kept, and of its figures.
@@ -52,16 +57,55 @@ def read_lines(path: Path, begin: int = 0) -> tuple[list[dict[str, Any]], int]:
     return records, begin + end
 
 
+class Interruption:
+    """A handler of signals that ends the command by ``SystemExit``, though not in the middle of a finding."""
+
+    def __init__(self) -> None:
+        self._held = self._came = False
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, *_: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):  # one is enough, and what follows has to be finished
+            signal.signal(number, signal.SIG_IGN)
+        if not self._held:
+            raise SystemExit(INTERRUPTED)
+        self._came = True
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A signal that comes within the block takes effect at its end."""
+        if threading.current_thread() is not threading.main_thread():  # in which all signals are handled
+            yield
+            return
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            came, self._came = self._came, False
+            if came:
+                raise SystemExit(INTERRUPTED)
+
+
 class Journal:
     """Prints and appends findings.
 
     Args:
         path: of the file; lines of earlier runs stay in it.
         part: number of the part, in every line.
+        held: within which nothing interrupts.
     """
 
-    def __init__(self, path: Path, part: int) -> None:
-        self._path, self._part, self._lock = path, part, threading.Lock()
+    def __init__(
+        self,
+        path: Path,
+        part: int,
+        held: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
+        self._path, self._part, self._lock, self._held = path, part, threading.Lock(), held
         self.outcomes = {OK: 0, FAILED: 0, SKIPPED: 0}
 
     def add(
@@ -70,7 +114,7 @@ class Journal:
         """One finding. ``reason`` says why it failed or was skipped. A full disk, or a terminal that has gone, costs
         the line, and not the findings to come."""
         record: dict[str, Any] = {"part": self._part, "name": name, "seconds": round(seconds, 2), "outcome": outcome}
-        with self._lock:
+        with self._held(), self._lock:
             self.outcomes[outcome] += 1
             if self._has_room():
                 record |= {"figures": _clipped_figures(figures)} if figures else {}

@@ -9,14 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .journal import FAILED, OK, SKIPPED, START_ANEW, Journal, read_lines
+from .journal import FAILED, INTERRUPTED, OK, SKIPPED, START_ANEW, Journal, read_lines
 from .processes import end, kill_orphans, reap, start, tail
 
-__all__ = ["INTERRUPTED", "Session", "Stage", "run_stage"]
+__all__ = ["Session", "Stage", "run_stage"]
 
 POLL_SECONDS = 0.05
-#: Why a stage has not come to its end, or has not begun, if somebody has ended the command.
-INTERRUPTED = "interrupted"
 #: That a killed process may take to end, while there is time, and after the deadline. One that held most of a GPU's
 #: memory takes a second or so.
 ENDING_SECONDS, LATE_ENDING_SECONDS = 2.0, 0.5

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 from quarter_hour import checks, parts, warm
+from quarter_hour import journal as journal_module
 from quarter_hour.__main__ import _parse, environment, main
-from quarter_hour.journal import Journal, append_line, read_lines
+from quarter_hour.journal import Interruption, Journal, append_line, read_lines
 from quarter_hour.snapshots import Snapshots
 from quarter_hour.waves import figures_of
 
@@ -285,6 +286,32 @@ def test_an_interruption_ends_all_and_packs_once_more(tmp_path: Path) -> None:
     assert last["figures"] == {outcome: counted[outcome] for outcome in ("ok", "failed", "skipped")}
     with tarfile.open(out / "part-1.tar.gz") as tar:
         assert "unpack.log" in tar.getnames()
+
+
+def test_an_interruption_waits_for_the_end_of_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a finding would be counted and not be there, or be there and not be counted."""
+    append, before = journal_module.append_line, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    interruption = Interruption()
+    journal = Journal(tmp_path / "findings.jsonl", 1, interruption.held)
+
+    def interrupted(path: Path, record: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        append(path, record)
+
+    try:
+        interruption.install()
+        monkeypatch.setattr(journal_module, "append_line", interrupted)
+        with pytest.raises(SystemExit, match="interrupted"):
+            journal.add("one", "ok", 1.0)
+        journal.add("two", "failed", 1.0)  # a second signal has no effect
+        interruption.install()
+        with pytest.raises(SystemExit, match="interrupted"):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert [record["name"] for record in read_lines(tmp_path / "findings.jsonl")[0]] == ["one", "two"]
+    assert journal.outcomes == {"ok": 1, "failed": 1, "skipped": 0}
 
 
 @pytest.mark.parametrize("seconds", ["0", "-5", "nan", "inf", "soon"])
