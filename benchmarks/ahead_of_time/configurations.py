@@ -183,7 +183,7 @@ def _hashing_and_dedup() -> None:
         repeat(_meta(WORLD_SIZE, dtype=torch.int32), _meta(WORLD_SIZE), batch)
         for tables in TABLE_COUNTS:
             unique = dedup(_meta(batch), _meta(batch, dtype=torch.int32), tables, WORLD_SIZE)
-            count_runs(unique, WORLD_SIZE, tables, _meta(WORLD_SIZE * tables))
+            count_runs(unique, _meta(WORLD_SIZE, tables))
             with_occurrences(unique)
 
 

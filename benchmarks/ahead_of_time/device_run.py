@@ -74,7 +74,7 @@ def _what_is_small() -> None:
         owners(_meta(entries), world_size)
         repeat(_meta(world_size, dtype=torch.int32), _meta(world_size), entries)
         unique = deduplicate(_meta(entries), _meta(entries, dtype=torch.int32), 1, world_size)
-        count_runs(unique, world_size, 1, _meta(world_size))
+        count_runs(unique, _meta(world_size, 1))
         with_occurrences(unique)
         notes(entries)
 

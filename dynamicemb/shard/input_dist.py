@@ -157,9 +157,9 @@ class SizesAwaitable(Awaitable[Awaitable[OwnedKeys]]):
         self._pg, self._table_of_run, self._send_occurrences, self._error = pg, table_of_run, send_occurrences, error
         self._by_group = by_group
         # What is sent and what is received, side by side so that they come to the host together.
-        world_size, num_tables = pg.size(), table_of_run.numel() // pg.size()
-        self._sizes = torch.empty(2, world_size, num_tables, dtype=torch.int64, device=unique.keys.device)
-        count_runs(unique, world_size, num_tables, out=self._sizes[0].view(-1))
+        runs = table_of_run.view(pg.size(), -1)
+        self._sizes = torch.empty(2, *runs.shape, dtype=torch.int64, device=unique.keys.device)
+        count_runs(unique, out=self._sizes[0])
         if not takes_gradients:
             self._sizes[0, :, 0] += _FROZEN
         if error is not None:

@@ -92,8 +92,8 @@ class Twins:
     def _exchanged(batch: Batch, group: TableGroup, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         tables = len(group.configs)
         unique = dedup(batch.keys, batch.tables, tables, group.world_size)
-        lengths = torch.empty(group.world_size * tables, dtype=torch.int64, device=rows.device)
-        count_runs(unique, group.world_size, tables, lengths)
+        lengths = torch.empty(group.world_size, tables, dtype=torch.int64, device=rows.device)
+        count_runs(unique, lengths)
         expanded = expand(rows.to(group.storage.layout.embedding_dtype), unique)
         count = int(unique.count)
         return lengths, with_occurrences(unique)[:count], expanded, segment_sum(rows, unique)[:count]

@@ -57,9 +57,9 @@ def assert_counted(name: str, world_size: int, device: str) -> None:
     narrowed = unique.narrowed(int(unique.count))
     padded = with_unused_places(narrowed, size)
     for given in (narrowed, padded):
-        counts = torch.full((world_size * num_tables,), -7, dtype=torch.int64, device=device)
-        count_runs(given, world_size, num_tables, counts)
-        assert counts.tolist() == [expected[run] for run in runs]
+        counts = torch.full((world_size, num_tables), -7, dtype=torch.int64, device=device)
+        count_runs(given, counts)
+        assert counts.flatten().tolist() == [expected[run] for run in runs]
 
         pairs = with_occurrences(given)
         assert pairs.dtype is torch.int64 and pairs.shape == (given.keys.numel(), 2)

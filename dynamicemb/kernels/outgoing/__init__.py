@@ -10,18 +10,16 @@ from dynamicemb.kernels.views import UniqueKeys
 __all__ = ["count_runs", "with_occurrences"]
 
 
-def count_runs(unique: UniqueKeys, world_size: int, num_tables: int, out: torch.Tensor) -> None:
+def count_runs(unique: UniqueKeys, out: torch.Tensor) -> None:
     """Counts the keys of each run: those of one table that one rank owns, by rank and then by table.
 
     The keys are in the order of their runs, so that a search finds where each begins.
 
     Args:
-        unique: the keys, of ``num_tables`` tables.
-        world_size: ranks that share the tables.
-        num_tables: tables.
-        out: int64 [world_size * num_tables], contiguous; what is counted. Does not synchronise.
+        unique: the keys.
+        out: int64 [ranks that share the tables, tables], contiguous; takes the counts. Does not synchronise.
     """
-    implementation(__name__, unique.keys.device).count_runs(unique, world_size, num_tables, out)
+    implementation(__name__, unique.keys.device).count_runs(unique, out)
 
 
 def with_occurrences(unique: UniqueKeys) -> torch.Tensor:

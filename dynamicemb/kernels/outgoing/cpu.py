@@ -39,9 +39,10 @@ def _with_occurrences(start, stop, keys, offsets, out):
         out[entry, 1] = offsets[entry + 1] - offsets[entry]
 
 
-def count_runs(unique: UniqueKeys, world_size: int, num_tables: int, out: torch.Tensor) -> None:
+def count_runs(unique: UniqueKeys, out: torch.Tensor) -> None:
+    world_size, num_tables = out.shape
     keys, tables, count = unique.keys.numpy(), unique.tables.numpy(), unique.count.numpy()
-    _count_runs(keys, tables, count, np.uint64(world_size), np.int64(num_tables), out.numpy())
+    _count_runs(keys, tables, count, np.uint64(world_size), np.int64(num_tables), out.view(-1).numpy())
 
 
 def with_occurrences(unique: UniqueKeys) -> torch.Tensor:

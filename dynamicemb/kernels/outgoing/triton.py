@@ -56,7 +56,8 @@ def _with_occurrences_kernel(keys, offsets, out, total, TILE: tl.constexpr):
     tl.store(out + at * 2 + 1, occurrences, mask=mask)
 
 
-def count_runs(unique: UniqueKeys, world_size: int, num_tables: int, out: torch.Tensor) -> None:
+def count_runs(unique: UniqueKeys, out: torch.Tensor) -> None:
+    world_size, num_tables = out.shape
     launch(
         _count_runs_kernel, out.numel(), aligned(unique.keys), aligned(unique.tables), unique.count, out, world_size,
         num_tables, LANES=_LANES, options=_OPTIONS,
