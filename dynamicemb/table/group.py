@@ -175,8 +175,6 @@ class TableGroup:
             OutOfMemoryError: a table must grow, or changes are to be noted, and the device has no room for it. Nothing
                 has changed.
         """
-        if self.storage.growable and is_captured(self.device):
-            raise self._cannot_grow()
         if unique is None:
             unique = dedup(keys, tables, len(self.configs), self.world_size, lengths_by_table)
         if self.storage.growable:
@@ -274,7 +272,13 @@ class TableGroup:
         Args:
             unique: the batch.
             lengths_by_table: for each part of the batch, how many keys of each table it has at most.
+
+        Raises:
+            ConfigError: the batch is being captured in a CUDA graph.
+            OutOfMemoryError: the device has no room for a doubling.
         """
+        if is_captured(self.device):
+            raise self._cannot_grow()
         suspects = []
         for table in self.storage.growable:
             self._size_bounds[table] += sum(lengths[table] for lengths in lengths_by_table)
