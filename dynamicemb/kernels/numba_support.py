@@ -21,7 +21,7 @@ from dynamicemb.kernels.numba_cache import kernel_cache
 
 __all__ = [
     "MIN_ITEMS_PER_THREAD",
-    "arithmetic",
+    "always_inline",
     "as_bytes",
     "as_float32",
     "as_int64",
@@ -61,7 +61,7 @@ inline = numba.njit(inline="never", no_cpython_wrapper=True, no_cfunc_wrapper=Tr
 
 #: As ``inline``, for arithmetic in a loop over values: LLVM copies it to the caller whatever its size, without which no
 #: loop around it is vectorised.
-arithmetic = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
+always_inline = numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)
 
 #: Several ranges for each thread, so that nobody waits long for one that was woken late or shares its core.
 _RANGES_PER_THREAD = 4

@@ -49,6 +49,8 @@ QUANTILE_TAIL_D = (7.784695709041462e-03, 3.224671290700398e-01, 2.4451341371429
 #: Below this probability, and above one minus it, the tail formula applies.
 QUANTILE_TAIL = 0.02425
 LN_2 = 0.6931471805599453
+#: The least number of float64 with all bits, and what makes those below it so.
+LEAST_NORMAL, TWO_TO_54 = 2.0**-1022, 2.0**54
 SQRT_HALF = 0.7071067811865476
 #: Terms of the series of artanh; |s| < 0.172, so the first one left out is below 1e-15.
 LOG_TERMS = 9

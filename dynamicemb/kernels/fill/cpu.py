@@ -9,6 +9,7 @@ import torch
 
 from dynamicemb.kernels.fill import (
     DEBUG_MODULUS,
+    LEAST_NORMAL,
     LN_2,
     LOG_TERMS,
     QUANTILE_CENTRE_A,
@@ -17,12 +18,13 @@ from dynamicemb.kernels.fill import (
     QUANTILE_TAIL_C,
     QUANTILE_TAIL_D,
     SQRT_HALF,
+    TWO_TO_54,
     FillMode,
 )
 from dynamicemb.kernels.fill.philox_cpu import BLOCKS, philox_blocks
 from dynamicemb.kernels.hashing.cpu import chunk_of, offset_of
 from dynamicemb.kernels.numba_support import (
-    arithmetic,
+    always_inline,
     as_float32,
     as_uint32,
     inline,
@@ -42,16 +44,14 @@ _TRUNCATED_NORMAL = np.int32(FillMode.TRUNCATED_NORMAL)
 _WORDS = 4 * BLOCKS
 #: Scratch memory of :func:`first_values`.
 WORDS_BYTES = 4 * _WORDS
-_LEAST_NORMAL = 2.2250738585072014e-308  # of float64
-_TWO_TO_54 = 2.0**54
 
 
-@arithmetic
+@always_inline
 def _logarithm(p):
     """Natural logarithm of ``p`` in [0, 1]. Without a branch or a call (``frexp`` is one), and so for all lanes of a
     vector at once."""
-    subnormal = p < _LEAST_NORMAL
-    bits = np.float64(p * _TWO_TO_54 if subnormal else p).view(np.int64)
+    subnormal = p < LEAST_NORMAL
+    bits = np.float64(p * TWO_TO_54 if subnormal else p).view(np.int64)
     exponent = (bits >> 52) - (1022 + 54 if subnormal else 1022)
     fraction = np.int64((bits & 0x000FFFFFFFFFFFFF) | 0x3FE0000000000000).view(np.float64)  # from 0.5 to below 1
     if p == 0.0:
@@ -66,7 +66,7 @@ def _logarithm(p):
     return exponent * LN_2 + 2.0 * (s * series)
 
 
-@arithmetic
+@always_inline
 def _horner(coefficients, x):
     """``coefficients`` is a tuple: an array would be read from memory, number by number."""
     value = coefficients[0]
@@ -75,7 +75,7 @@ def _horner(coefficients, x):
     return value
 
 
-@arithmetic
+@always_inline
 def quantile(p):
     """Quantile of the standard normal distribution; all of its parts, of which one is taken, without a branch."""
     upper = p > 1.0 - QUANTILE_TAIL
@@ -87,7 +87,7 @@ def quantile(p):
     return tail if p < QUANTILE_TAIL else -tail if upper else centre
 
 
-@arithmetic
+@always_inline
 def _probability(word):
     return (np.float64(word) + 0.5) * 2.3283064365386963e-10  # 2**-32
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from dynamicemb.kernels.fill import (
     DEBUG_MODULUS,
+    LEAST_NORMAL,
     LN_2,
     LOG_TERMS,
     QUANTILE_CENTRE_A,
@@ -21,6 +22,7 @@ from dynamicemb.kernels.fill import (
     QUANTILE_TAIL_C,
     QUANTILE_TAIL_D,
     SQRT_HALF,
+    TWO_TO_54,
     FillMode,
 )
 from dynamicemb.kernels.launch import LaunchOptions, grid_stride_programs, launch
@@ -61,8 +63,8 @@ _PHILOX_B = tl.constexpr(0xCD9E8D57)
 _WEYL_A = tl.constexpr(0x9E3779B9)
 _WEYL_B = tl.constexpr(0xBB67AE85)
 _TWO_TO_MINUS_32 = tl.constexpr(2.0**-32)
-_TWO_TO_54 = tl.constexpr(2.0**54)
-_LEAST_NORMAL = tl.constexpr(2.0**-1022)
+_TWO_TO_54 = tl.constexpr(TWO_TO_54)
+_LEAST_NORMAL = tl.constexpr(LEAST_NORMAL)
 
 # One warp for a row, so that no warp waits for another one's rows.
 _WARPS = 1
